@@ -1,0 +1,68 @@
+"""The factory: a plain list of steps. Importing this file does nothing; `create_app()` starts the work."""
+
+from __future__ import annotations
+
+from flask import Flask
+from prometheus_client import CollectorRegistry
+
+import api
+import health
+import middleware
+import openapi
+import pages
+import web
+from accounting import Ledger
+from bodies import InMemoryRequest
+from config import Settings, load_settings
+from models.parsing import RequestParser
+from models.service import ModelService
+from models.snapshots import find_snapshots
+from system import GpuReader
+
+_STATIC_MAX_AGE_S = 24 * 3600
+
+
+def create_app(settings: Settings | None = None, service: ModelService | None = None) -> Flask:
+    """Build the application and start loading the models in the background.
+
+    :param settings: default: from the environment and `.env`.
+    :param service: default: the real one for `settings`; it is started here unless it is passed in.
+    :raise ConfigError: the settings have mistakes.
+    :raise SnapshotError: a model path cannot be used.
+    """
+    settings = settings or load_settings()
+    if service is None:
+        service = make_service(settings)
+        service.start()
+
+    app = Flask(__name__)
+    app.request_class = InMemoryRequest
+    app.config["SEND_FILE_MAX_AGE_DEFAULT"] = _STATIC_MAX_AGE_S
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.json.ensure_ascii = False  # type: ignore[attr-defined]
+    app.extensions["avito_service"] = service
+
+    registry = service.metrics.registry
+    ledger = Ledger(registry)
+    parser = RequestParser(settings.limits)
+    middleware.init_app(app, settings, ledger, service.clock)
+    pages.init_app(app, service, settings.limits)
+    app.register_blueprint(web.make_blueprint(service, parser))
+    app.register_blueprint(api.make_blueprint(service, parser))
+    app.register_blueprint(health.make_blueprint(service, ledger, settings, registry, GpuReader()))
+    app.register_blueprint(openapi.make_blueprint(parser))
+    return app
+
+
+def make_service(settings: Settings) -> ModelService:
+    """The real service for these settings, not yet started.
+
+    :raise SnapshotError: a model path cannot be used.
+    """
+    return ModelService(
+        find_snapshots(settings),
+        settings.limits,
+        device=settings.device,
+        gpu_memory_fraction=settings.gpu_memory_fraction,
+        registry=CollectorRegistry(),
+    )

@@ -1,0 +1,79 @@
+"""From a parsed request to its complete answer, while watching whether the client is still there.
+
+Shared by every generating door. Reading the body in and framing the answer are the doors' own work.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+from typing import cast
+
+from flask import g, request
+
+from accounting import Exchange
+from models.errors import DeadlineExceeded, RequestCancelled
+from models.schemas import Completion, ImageRequest, TextRequest
+from models.service import ModelService
+from models.streaming import Channel, Done
+
+log = logging.getLogger("avito.http")
+
+# The engine expires requests itself; only if it hangs does the waiting thread step in, so much later.
+_BACKSTOP_S = 5.0
+
+
+def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Completion:
+    """Submit and wait for the whole answer.
+
+    :raise ServiceError: as `ModelService.submit`, or what the request ended with.
+    :raise RequestCancelled: the client left; the work was given up and its place is given back.
+    """
+    exchange: Exchange = g.exchange
+    log.info("Input validated: model %s, max_tokens %d", parsed.model, parsed.sampling.max_tokens)
+    channel = service.submit(parsed, request_id=exchange.request_id, received_at=exchange.started)
+    exchange.input_tokens = channel.input_tokens
+    log.info("Tokenized: %d tokens", channel.input_tokens)
+    try:
+        completion = _wait(service, channel, exchange)
+    finally:
+        channel.cancel()
+        exchange.generated_tokens, exchange.timing = channel.generated_tokens, channel.timing
+    exchange.completion = completion
+    log.info("Generated: %d tokens in %.3fs", completion.generated_tokens, completion.timing.generation_s)
+    return completion
+
+
+def _wait(service: ModelService, channel: Channel, exchange: Exchange) -> Completion:
+    deadline = exchange.started + service.limits.request_deadline_s + _BACKSTOP_S
+    connection = cast("socket.socket | None", request.environ.get("gunicorn.socket"))
+    while True:
+        end = channel.wait_end(service.limits.client_check_interval_s)
+        if isinstance(end, Done):
+            return end.completion
+        if end is not None:
+            raise end.error
+        if connection is not None and is_gone(connection):
+            exchange.is_cancelled = True
+            raise RequestCancelled
+        if service.clock() >= deadline:
+            raise DeadlineExceeded(f"the answer was not complete within {service.limits.request_deadline_s:g} s")
+
+
+def is_gone(connection: socket.socket) -> bool:
+    """Whether the client closed its side. One that only half-closed counts as gone too (documented).
+
+    Bytes that wait, such as a pipelined request, are left where they are and count as present.
+    """
+    try:
+        # poll and not select: descriptors above 1023 are usual with many clients.
+        poller = select.poll()
+        poller.register(connection, select.POLLIN | select.POLLRDHUP)
+        if not poller.poll(0):
+            return False
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except (OSError, ValueError):
+        return True

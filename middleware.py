@@ -1,0 +1,211 @@
+"""Hooks around every request: id, clock, client, limits, rate, CORS, security headers, accounting, errors.
+
+`init_app` registers them in the order of a request's walk; the views see only requests that passed. Error shapes and
+the status table are in `responses.py`, outcomes in `accounting.py`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from http import HTTPStatus
+from urllib.parse import quote
+
+from flask import Flask, Response, g, request
+from flask_cors import CORS
+from flask_limiter import Limiter
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+import logs
+from accounting import DOOR_BY_PATH, Exchange, Ledger
+from config import Settings
+from models.errors import RequestCancelled, ServiceError
+from responses import STATUS_CLIENT_LEFT, as_web_error, error_response
+
+log = logging.getLogger("avito.http")
+
+CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+PAGE_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+API_CSP = "default-src 'none'; frame-ancestors 'none'"
+EXPOSED_HEADERS = [
+    "X-Request-ID",
+    "X-Response-Time",
+    "X-Avito-Demo",
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+]
+
+
+def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
+    """Register everything. Call before the blueprints are registered."""
+    limits = settings.limits
+    app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes
+    # Werkzeug's own limits of form fields (500 kB in memory) would refuse a long prompt within our limit.
+    app.config["MAX_FORM_MEMORY_SIZE"] = limits.max_body_bytes
+    app.config["MAX_FORM_PARTS"] = limits.max_form_parts
+    if settings.trusted_proxies:
+        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
+            app.wsgi_app, x_for=settings.trusted_proxies, x_proto=settings.trusted_proxies, x_host=0
+        )
+
+    @app.before_request
+    def stamp() -> None:
+        g.exchange = _open_exchange(clock())
+        logs.request_id.set(g.exchange.request_id)
+        if g.exchange.door:
+            ledger.open(g.exchange.door)
+            log.info("Request received: %s %s", request.method, g.exchange.path)
+        if request.content_length is not None and request.content_length > limits.max_body_bytes:
+            raise RequestEntityTooLarge
+
+    limiter = _make_limiter(app, settings)
+
+    # after_request hooks run in reverse: this one, registered first, sees the finished response.
+    @app.after_request
+    def finish(response: Response) -> Response:
+        exchange: Exchange = g.exchange
+        exchange.status = response.status_code
+        elapsed = clock() - exchange.started
+        response.headers["X-Request-ID"] = exchange.request_id
+        response.headers["X-Response-Time"] = f"{elapsed:.3f}s"
+        # Accounting waits until the response is closed: a stream has not even begun now.
+        response.call_on_close(lambda: _close_exchange(exchange, ledger, clock))
+        return response
+
+    @app.after_request
+    def secure(response: Response) -> Response:
+        headers = response.headers
+        headers.setdefault("X-Content-Type-Options", "nosniff")
+        headers.setdefault("Referrer-Policy", "same-origin")
+        headers.setdefault("X-Frame-Options", "DENY")
+        headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
+        headers.setdefault("Permissions-Policy", "camera=(), geolocation=(), microphone=()")
+        headers.setdefault("Content-Security-Policy", PAGE_CSP if response.mimetype == "text/html" else API_CSP)
+        if request.endpoint != "static":
+            headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    @app.after_request
+    def tell_rate(response: Response) -> Response:
+        window = limiter.current_limit
+        if window is not None:
+            response.headers["X-RateLimit-Limit"] = str(window.limit.amount)
+            response.headers["X-RateLimit-Remaining"] = str(max(0, window.remaining))
+            response.headers["X-RateLimit-Reset"] = str(window.reset_at)
+            if window.breached:
+                wait_s = round(window.reset_at - time.time())  # the library rounds up, past the window at times
+                response.headers["Retry-After"] = str(min(max(1, wait_s), window.limit.get_expiry()))
+        return response
+
+    @app.errorhandler(Exception)
+    def show(error: Exception) -> Response | HTTPException:
+        if isinstance(error, RequestCancelled):
+            return Response(status=STATUS_CLIENT_LEFT)
+        if isinstance(error, HTTPException) and error.code is not None and error.code < 400:
+            return error
+        return _show_error(error)
+
+    if settings.cors_origins:
+        CORS(
+            app,
+            resources={r"/(api|v1)/.*": {}},
+            origins=list(settings.cors_origins),
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            methods=["GET", "POST", "OPTIONS"],
+            expose_headers=EXPOSED_HEADERS,
+            max_age=600,
+        )
+
+
+def _open_exchange(now: float) -> Exchange:
+    given = request.headers.get("X-Request-ID", "")
+    return Exchange(
+        request_id=given if CLIENT_REQUEST_ID.fullmatch(given) else str(uuid.uuid4()),
+        started=now,
+        method=request.method,
+        path=quote(request.path[:200]),
+        client=request.remote_addr or "-",
+        door=None if _only_looks() else DOOR_BY_PATH.get(request.path),
+    )
+
+
+def _only_looks() -> bool:
+    """A CORS preflight asks about a door, and GET on a form's address leads back to the forms: neither generates."""
+    is_form = request.path in ("/avibe", "/avision")
+    return request.method == "OPTIONS" or (is_form and request.method in ("GET", "HEAD"))
+
+
+def _close_exchange(exchange: Exchange, ledger: Ledger, clock: Callable[[], float]) -> None:
+    if exchange.door is None:
+        logs.request_id.set("-")
+        return
+    total_s = clock() - exchange.started
+    ledger.close(exchange.door, exchange, total_s)
+    logs.request_id.set(exchange.request_id)
+    if exchange.is_cancelled:
+        log.info("Client left: no response sent (%.3fs total)", total_s)
+    else:
+        reason = _reason_phrase(exchange.status)
+        log.info("Response sent: %d %s (%.3fs total)", exchange.status, reason, total_s)
+    exchange.audit(total_s)
+    logs.request_id.set("-")
+
+
+def _reason_phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
+
+
+def _show_error(error: Exception) -> Response:
+    web_error = as_web_error(error)
+    exchange: Exchange = g.exchange
+    exchange.error_code = web_error.code
+    if web_error.status >= 500 and web_error.code in ("internal_error", "numeric_error"):
+        # %r: a user's text inside an exception must not write lines into the log (the formatter escapes too).
+        # What the service raises it has logged itself; anything else is a fault of ours and comes with its traceback.
+        cause = None if isinstance(error, ServiceError) else error
+        log.error("%s %s failed: %r", exchange.method, exchange.path, error, exc_info=cause)
+    return error_response(web_error, exchange.request_id)
+
+
+def client_key() -> str:
+    """Whom the rate limit counts: the peer's address; for IPv6 its /64, which is what one subscriber gets."""
+    address = request.remote_addr or "-"
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
+
+
+def _make_limiter(app: Flask, settings: Settings) -> Limiter:
+    """One count per client over all generating doors; everything else is exempt."""
+    limiter = Limiter(
+        client_key,
+        application_limits=[settings.rate_limit] if settings.rate_limit else [],
+        storage_uri=settings.rate_limit_storage_uri,
+        strategy="moving-window",
+        # If Redis is away, this process counts for itself: still limited, and nobody gets a 500 for it.
+        in_memory_fallback=[settings.rate_limit] if settings.rate_limit else [],
+        in_memory_fallback_enabled=bool(settings.rate_limit),
+        enabled=bool(settings.rate_limit),
+    )
+    limiter.request_filter(lambda: g.exchange.door is None)
+    limiter.init_app(app)
+    return limiter

@@ -1,0 +1,82 @@
+"""Every metric of the model layer, declared once: name, unit, meaning.
+
+Names follow Prometheus and, where vLLM has one for the same thing, vLLM's with our prefix. The only label is the
+model's name, which is ours. `/api/metrics` reads the same objects.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from models.schemas import MODEL_NAMES
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKEN_SECONDS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+
+
+class ModelMetrics:
+    """The objects, registered in `registry`; one instance per service, so that tests share nothing."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        model = ("model",)
+        self.prompt_tokens = Counter(
+            "avito_prompt_tokens", "Prompt tokens of requests that entered the engine.", model, registry=registry
+        )
+        self.generation_tokens = Counter(
+            "avito_generation_tokens", "Tokens generated, those of unfinished answers too.", model, registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "avito_time_to_first_token_seconds",
+            "From a request's first byte to its first token.",
+            model,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.time_per_output_token = Histogram(
+            "avito_request_time_per_output_token_seconds",
+            "Mean time between the tokens of one answer, the first left out.",
+            model,
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "avito_request_queue_time_seconds",
+            "From entering the queue to the first step.",
+            model,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.total_time = Histogram(
+            "avito_e2e_request_latency_seconds",
+            "From a request's first byte to its complete answer.",
+            model,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.running = Gauge("avito_requests_running", "Requests being generated now.", model, registry=registry)
+        self.waiting = Gauge(
+            "avito_requests_waiting", "Requests admitted and not yet running.", model, registry=registry
+        )
+        self.numeric_errors = Counter(
+            "avito_numeric_errors", "Requests ended because of NaN or Inf logits.", model, registry=registry
+        )
+        self.load_phase = Gauge(
+            "avito_model_load_phase_seconds", "Time of each phase of loading.", ("model", "phase"), registry=registry
+        )
+        self.model_ready = Gauge("avito_model_ready", "1 if the model can serve.", model, registry=registry)
+
+        self._marks: dict[tuple[str, str], float] = {}
+
+    def value(self, sample: str, model: str) -> float:
+        """The current value of one sample, 0 if it has not been touched."""
+        return self.registry.get_sample_value(sample, {"model": model}) or 0.0
+
+    def mark(self) -> None:
+        """Let `since_mark` count from now on. The counters themselves never go back."""
+        for sample in ("avito_generation_tokens_total", "avito_prompt_tokens_total"):
+            for model in MODEL_NAMES:
+                self._marks[sample, model] = self.value(sample, model)
+
+    def since_mark(self, sample: str, model: str) -> int:
+        return round(self.value(sample, model) - self._marks.get((sample, model), 0.0))

@@ -1,0 +1,204 @@
+"""From a valid request to token ids and picture tensors.
+
+User text never becomes a control token, in any role: the chat template is rendered around placeholders, its own
+pieces are encoded with the full tokenizer, and each content with a copy that has no added vocabulary at all.
+(`split_special_tokens` would not do: it leaves added tokens that are not marked special, such as `<tool_call>`.)
+
+Pictures: `AutoImageProcessor`, and the placeholder of each expanded by ourselves to the number of visual tokens. The
+library's combined processor is not used: it insists on torchvision for videos, which we do not take.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from config import Limits
+from models.engine.runner import VisionInputs
+from models.engine.sequence import SamplingOptions
+from models.errors import InternalError, PromptTooLong
+from models.images import decode
+from models.schemas import ImageRequest, Message, SamplingParams, TextRequest
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """:param ids: token ids of the whole prompt, picture placeholders expanded."""
+
+    ids: tuple[int, ...]
+    vision: VisionInputs | None = None
+
+
+class TextTokenizer:
+    """Encodes trusted template text and untrusted content apart; decodes answers. Any thread may call it.
+
+    :param tokenizer: a fast tokenizer of transformers with a chat template.
+    :raise ValueError: it is not a fast one, or has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("the tokenizer must be a fast one (tokenizer.json)")
+        if not tokenizer.chat_template:
+            raise ValueError("the snapshot has no chat template")
+        self._tokenizer = tokenizer
+        self._template: Tokenizer = tokenizer.backend_tokenizer
+        self._content, self._added_ids = _without_added_vocabulary(self._template)
+
+    def encode_chat(self, messages: tuple[Message, ...], num_images: int = 0) -> list[int]:
+        """Token ids of a chat up to the place where the answer begins; one placeholder id for each picture."""
+        # Placeholders that nobody can guess; letters only, so that no template trims or splits them.
+        marks = [f"content{secrets.token_hex(16)}end" for _ in messages]
+        turns = []
+        for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+            content: object = mark
+            if num_images and index == len(messages) - 1:
+                content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
+            turns.append({"role": message.role, "content": content})
+        rest = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = []
+        for message, mark in zip(messages, marks, strict=True):
+            before, found, rest = rest.partition(mark)
+            if not found:
+                raise InternalError("the model's chat template dropped a message")
+            ids += self._template.encode(before, add_special_tokens=False).ids
+            ids += self.encode_content(message.content)
+        return ids + self._template.encode(rest, add_special_tokens=False).ids
+
+    def encode_content(self, text: str) -> list[int]:
+        """Token ids of a user's text, none of them of the added vocabulary."""
+        ids: list[int] = self._content.encode(text, add_special_tokens=False).ids
+        if not self._added_ids.isdisjoint(ids):
+            raise InternalError("the tokenizer made a control token of plain text; the request was refused")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._template.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def _without_added_vocabulary(tokenizer: Tokenizer) -> tuple[Tokenizer, frozenset[int]]:
+    """A copy of a tokenizer that cannot make an added token, and the ids that it must never make.
+
+    An added token usually stands in the base vocabulary too, so it goes from there as well, unless a merge needs it.
+    """
+    state = json.loads(tokenizer.to_str())
+    added = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
+    state["added_tokens"] = []
+    state["post_processor"] = None
+    model = state["model"]
+    vocabulary = model.get("vocab")
+    if model.get("type") == "BPE" and isinstance(vocabulary, dict):
+        merged = {part for merge in model["merges"] for part in (merge.split(" ") if isinstance(merge, str) else merge)}
+        for content in added:
+            if content not in merged:
+                vocabulary.pop(content, None)
+        if model.get("unk_token") in added:
+            model["unk_token"] = None
+    return Tokenizer.from_str(json.dumps(state)), frozenset(added.values())
+
+
+class PromptEncoder:
+    """Requests of one model to prompts and resolved sampling options. Any thread may call it.
+
+    :param generation_defaults: `top_p`, `top_k`, `repetition_penalty` of the snapshot's generation_config.json.
+    :param context_tokens: most tokens of prompt and answer together.
+    :param image_processor: an image processor of transformers; None for a text model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        stop_ids: frozenset[int],
+        generation_defaults: Mapping[str, float],
+        context_tokens: int,
+        limits: Limits,
+        image_processor: Any = None,
+        image_token_id: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.context_tokens = context_tokens
+        self._stop_ids = stop_ids
+        self._defaults = generation_defaults
+        self._limits = limits
+        self._processor = image_processor
+        self._image_token_id = image_token_id
+        self._decode_slots = threading.BoundedSemaphore(limits.max_concurrent_decodes)
+
+    def encode(self, request: TextRequest | ImageRequest) -> EncodedPrompt:
+        """:raise PromptTooLong: prompt and `max_tokens` together exceed the context.
+        :raise InvalidImage: the pixels of a picture are truncated or broken.
+        """
+        if isinstance(request, TextRequest):
+            ids = self.tokenizer.encode_chat(request.messages)
+            self._check_length(len(ids), request.sampling.max_tokens)
+            return EncodedPrompt(tuple(ids))
+        return self._encode_pictures(request)
+
+    def sampling_options(self, params: SamplingParams) -> SamplingOptions:
+        """A request's wishes, then the snapshot's defaults, then none; a fresh seed if none was given."""
+
+        def pick(given: float | None, name: str, neutral: float) -> float:
+            return given if given is not None else self._defaults.get(name, neutral)
+
+        return SamplingOptions(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=pick(params.top_p, "top_p", 1.0),
+            top_k=int(pick(params.top_k, "top_k", 0)),
+            repetition_penalty=pick(params.repetition_penalty, "repetition_penalty", 1.0),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            stop_ids=self._stop_ids,
+        )
+
+    def _encode_pictures(self, request: ImageRequest) -> EncodedPrompt:
+        ids = self.tokenizer.encode_chat(request.messages, num_images=len(request.images))
+        expected = [self._visual_tokens(image.header.height, image.header.width) for image in request.images]
+        # From the headers alone, before any picture is decoded.
+        self._check_length(len(ids) - len(expected) + sum(expected), request.sampling.max_tokens)
+        grids, patches = [], []
+        for index, image in enumerate(request.images):
+            with self._decode_slots:
+                field = "image" if len(request.images) == 1 else f"images[{index}]"
+                picture = decode(image.data, image.header, field=field)
+                features = self._processor(images=[picture], return_tensors="pt")
+            patches.append(features["pixel_values"])
+            grids.append(features["image_grid_thw"])
+        grid = torch.cat(grids)
+        counts = [int(n) // self._processor.merge_size**2 for n in grid.prod(-1)]
+        expanded = self._expand(ids, counts)
+        self._check_length(len(expanded), request.sampling.max_tokens)
+        assert self._image_token_id is not None
+        return EncodedPrompt(tuple(expanded), VisionInputs(torch.cat(patches), grid, self._image_token_id))
+
+    def _visual_tokens(self, height: int, width: int) -> int:
+        """About (height / 28) * (width / 28) after scaling, by the library's own formula. The EXIF orientation may
+        swap the sides, which leaves the number as it is."""
+        patches: int = self._processor.get_number_of_image_patches(height, width)
+        merge: int = self._processor.merge_size
+        return patches // merge**2
+
+    def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
+        if ids.count(self._image_token_id or -1) != len(counts):
+            raise InternalError("the model's chat template did not place every picture")
+        remaining = iter(counts)
+        expanded: list[int] = []
+        for token_id in ids:
+            expanded += [token_id] * (next(remaining) if token_id == self._image_token_id else 1)
+        return expanded
+
+    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
+        if num_prompt + max_tokens > self.context_tokens:
+            raise PromptTooLong(
+                f"prompt: {num_prompt} tokens and max_tokens {max_tokens} together must be at most "
+                f"{self.context_tokens} tokens, got {num_prompt + max_tokens}",
+                field="prompt",
+            )

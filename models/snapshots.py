@@ -1,0 +1,142 @@
+"""Where a model's files are, and whether they can be a model: checked before the port is bound, without torch.
+
+A path may be a plain snapshot folder or a hub cache root (`models--ORG--NAME/{refs,snapshots}`), or the
+`models--ORG--NAME` folder itself. Loading the files is `models/loader.py`'s work.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import PROJECT_ROOT, DType, Settings
+from models.errors import SnapshotError
+from models.schemas import ModelName
+
+DEMO_MARKER = "avito_demo.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_ARCHITECTURE_SUFFIX: dict[ModelName, str] = {"avibe": "ForCausalLM", "avision": "ForConditionalGeneration"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model that passed the checks: its folders, dtype and whether it is an embedded demo model."""
+
+    model: ModelName
+    folder: Path
+    tokenizer_folder: Path
+    dtype: DType
+    architecture: str
+    is_demo: bool
+
+
+def find_snapshots(settings: Settings) -> dict[ModelName, Snapshot]:
+    """The configured models, checked.
+
+    :raise SnapshotError: none is configured, a path is missing or ambiguous, a file is missing or broken, or
+        production was given an embedded model without AVITO_ALLOW_DEMO.
+    """
+    found: dict[ModelName, Snapshot] = {}
+    if settings.avibe_model_path:
+        found["avibe"] = _check("avibe", settings.avibe_model_path, settings.avibe_tokenizer_path, settings.avibe_dtype)
+    if settings.avision_model_path:
+        found["avision"] = _check("avision", settings.avision_model_path, "", settings.avision_dtype)
+    if not found:
+        raise SnapshotError("no model is configured: set AVIBE_MODEL_PATH or AVISION_MODEL_PATH")
+    for snapshot in found.values():
+        if snapshot.is_demo and settings.env == "production" and not settings.allow_demo:
+            raise SnapshotError(
+                f"{snapshot.model.upper()}_MODEL_PATH: {snapshot.folder} is an embedded demo model, which "
+                "AVITO_ENV=production refuses unless AVITO_ALLOW_DEMO=true"
+            )
+    return found
+
+
+def resolve_folder(path: str, setting: str) -> Path:
+    """The snapshot folder that `path` names; a relative path counts from the project's root.
+
+    :raise SnapshotError: there is none, or more than one.
+    """
+    root = PROJECT_ROOT / Path(path).expanduser()
+    if not root.is_dir():
+        raise SnapshotError(f"{setting}: {root} is not a folder")
+    if (root / "snapshots").is_dir():
+        return _pick_revision(root, setting)
+    if not any((root / name).is_file() for name in ("config.json", *_TOKENIZER_FILES)):
+        caches = sorted(entry for entry in root.glob("models--*") if (entry / "snapshots").is_dir())
+        if len(caches) > 1:
+            names = ", ".join(entry.name for entry in caches)
+            raise SnapshotError(f"{setting}: {root} holds several models ({names}); name one of these folders")
+        if caches:
+            return _pick_revision(caches[0], setting)
+    return root
+
+
+def _pick_revision(cache: Path, setting: str) -> Path:
+    main = cache / "refs" / "main"
+    if main.is_file():
+        folder = cache / "snapshots" / main.read_text(encoding="utf-8").strip()
+        if not folder.is_dir():
+            raise SnapshotError(f"{setting}: {main} names a snapshot that is not there: {folder}")
+        return folder
+    revisions = sorted(entry for entry in (cache / "snapshots").iterdir() if entry.is_dir())
+    if len(revisions) != 1:
+        raise SnapshotError(
+            f"{setting}: {cache} has no refs/main and {len(revisions)} snapshots, exactly one is needed"
+        )
+    return revisions[0]
+
+
+def _check(model: ModelName, path: str, tokenizer_path: str, dtype: DType) -> Snapshot:
+    setting = f"{model.upper()}_MODEL_PATH"
+    folder = resolve_folder(path, setting)
+    config = _read_json(folder / "config.json", setting)
+    architectures = config.get("architectures") or []
+    suffix = _ARCHITECTURE_SUFFIX[model]
+    if not (isinstance(architectures, list) and architectures and str(architectures[0]).endswith(suffix)):
+        raise SnapshotError(
+            f"{setting}: {folder / 'config.json'} must name an architecture ...{suffix}, got {architectures}"
+        )
+    _check_weights(folder, setting)
+    tokenizer_setting = "AVIBE_TOKENIZER_PATH" if tokenizer_path else setting
+    tokenizer_folder = resolve_folder(tokenizer_path, tokenizer_setting) if tokenizer_path else folder
+    if not any((tokenizer_folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise SnapshotError(f"{tokenizer_setting}: no tokenizer ({', '.join(_TOKENIZER_FILES)}) in {tokenizer_folder}")
+    if (tokenizer_folder / "tokenizer.json").is_file():
+        _read_json(tokenizer_folder / "tokenizer.json", tokenizer_setting)
+    if model == "avision" and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        raise SnapshotError(f"{setting}: no picture processor ({' or '.join(_PROCESSOR_FILES)}) in {folder}")
+    is_demo = (folder / DEMO_MARKER).is_file()
+    return Snapshot(model, folder, tokenizer_folder, dtype, str(architectures[0]), is_demo)
+
+
+def _check_weights(folder: Path, setting: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(_read_json(index, setting).get("weight_map", {}).values()))
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing or not shards:
+            raise SnapshotError(
+                f"{setting}: {len(missing)} of {len(shards)} weight files named by {index} are missing"
+                + (f", the first is {missing[0]}" if missing else "")
+            )
+    elif not (folder / "model.safetensors").is_file():
+        raise SnapshotError(
+            f"{setting}: no weights in {folder}: model.safetensors or model.safetensors.index.json is needed "
+            "(safetensors only)"
+        )
+
+
+def _read_json(file: Path, setting: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SnapshotError(f"{setting}: {file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"{setting}: {file} cannot be read as JSON ({type(error).__name__})") from None
+    if not isinstance(value, dict):
+        raise SnapshotError(f"{setting}: {file} must hold a JSON object")
+    return value

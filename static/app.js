@@ -1,0 +1,311 @@
+/* What the start page does better with JavaScript. Without it both forms work as plain HTML.
+
+   With it a form is sent by fetch to the same address, and only the answer on the page is replaced: chosen pictures
+   stay chosen, and "Stop" closes the connection, upon which the server ends the generation. Every sentence comes from
+   data-text-* of #cards, every limit from data-max-*; nothing here is written as HTML from strings. */
+"use strict";
+
+(() => {
+  const page = document.getElementById("cards");
+  if (!page) return;
+  const texts = page.dataset;
+  const maxPromptChars = Number(texts.maxPromptChars);
+  const maxImages = Number(texts.maxImages);
+  const maxBodyBytes = Number(texts.maxBodyBytes);
+  // Room for the other fields and the multipart frame around the pictures.
+  const maxImageBytes = maxBodyBytes - 4096;
+  const pollEveryMs = 2000;
+  const numbers = new Intl.NumberFormat(document.documentElement.lang);
+
+  const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+  const cards = [...page.querySelectorAll("[data-model]")].map(enhanceCard);
+
+  if (cards.some((card) => card.state() === "loading")) setTimeout(pollStates, pollEveryMs);
+
+  function enhanceCard(root) {
+    const find = (selector) => root.querySelector(selector);
+    const form = find("form");
+    const prompt = form.elements.prompt;
+    const submit = find("[data-submit]");
+    const submitLabel = find("[data-submit-label]");
+    const submitText = submitLabel.textContent;
+    const stop = find("[data-stop]");
+    const status = find("[data-status]");
+    const outcome = find("[data-outcome]");
+    let running = null; // AbortController of the request under way
+    let ticking = 0;
+
+    countCharacters(find("[data-counter]"), prompt);
+    if (find("[data-pictures]")) enhancePictures(root, form);
+    showCopyButton(outcome);
+    // Without this only keyboards that reach the anchor by themselves would land on what came back.
+    if (location.hash === `#${outcome.id}` && outcome.childElementCount) outcome.focus();
+
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (!running) send();
+    });
+    prompt.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit(submit);
+    });
+    stop.addEventListener("click", () => running?.abort());
+    // A page that comes back from the browser's cache must not look busy for a request that is long gone.
+    window.addEventListener("pageshow", (event) => {
+      if (event.persisted) {
+        running?.abort();
+        rest();
+      }
+    });
+
+    async function send() {
+      const controller = new AbortController();
+      running = controller;
+      work();
+      try {
+        const response = await fetch(form.action, {
+          method: "POST",
+          body: new FormData(form),
+          headers: { Accept: "text/html" },
+          signal: controller.signal,
+        });
+        const answer = new DOMParser().parseFromString(await response.text(), "text/html");
+        // The forms answer with this same page; what is refused before them, with the error page.
+        const panel = answer.querySelector(`#${outcome.id} > .panel`) ?? answer.querySelector(".error-page > .panel");
+        show(panel ? document.importNode(panel, true) : networkPanel());
+      } catch {
+        if (controller.signal.aborted) status.textContent = texts.textStopped;
+        else show(networkPanel());
+      } finally {
+        running = null;
+        rest();
+      }
+    }
+
+    function work() {
+      const started = performance.now();
+      const tick = () => {
+        const seconds = Math.floor((performance.now() - started) / 1000);
+        submitLabel.textContent = fill(texts.textBusy, { seconds: numbers.format(seconds) });
+      };
+      tick();
+      ticking = setInterval(tick, 250);
+      outcome.replaceChildren();
+      markField("");
+      status.textContent = texts.textWorking;
+      root.classList.add("is-busy");
+      root.setAttribute("aria-busy", "true");
+      submit.disabled = true;
+      stop.hidden = false;
+    }
+
+    function rest() {
+      const hadFocus = document.activeElement === stop || document.activeElement === document.body;
+      clearInterval(ticking);
+      submitLabel.textContent = submitText;
+      root.classList.remove("is-busy");
+      root.removeAttribute("aria-busy");
+      submit.disabled = false;
+      stop.hidden = true;
+      if (hadFocus && !outcome.childElementCount) submit.focus();
+    }
+
+    function show(panel) {
+      const isError = panel.classList.contains("panel-error");
+      const heading = panel.querySelector("h1");
+      if (heading) heading.replaceWith(withText("h3", "panel-title", heading.textContent));
+      outcome.replaceChildren(panel);
+      outcome.classList.add("is-new");
+      markField(panel.dataset.errorField ?? "");
+      showCopyButton(outcome);
+      status.textContent = isError ? texts.textRefused : texts.textAnswered;
+      // Not if the reader has gone on to something else meanwhile.
+      const focused = document.activeElement;
+      if (focused === document.body || root.contains(focused)) {
+        outcome.focus({ preventScroll: true });
+        outcome.scrollIntoView({ block: "nearest" });
+      }
+    }
+
+    function markField(name) {
+      for (const field of [...form.elements].filter((element) => element.name)) {
+        const described = new Set((field.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
+        described.delete(outcome.id);
+        if (field.name === name) described.add(outcome.id);
+        setOrRemove(field, "aria-invalid", field.name === name ? "true" : "");
+        setOrRemove(field, "aria-describedby", [...described].join(" "));
+      }
+    }
+
+    function networkPanel() {
+      const panel = withText("div", "panel panel-error", "");
+      panel.append(withText("h3", "panel-title", texts.textNetworkTitle));
+      panel.append(withText("p", "panel-hint", texts.textNetworkHint));
+      return panel;
+    }
+
+    return {
+      name: root.dataset.model,
+      state: () => root.dataset.state,
+      setState(state) {
+        root.dataset.state = state;
+        for (const note of root.querySelectorAll(":scope > .note[data-when]")) note.hidden = note.dataset.when !== state;
+        form.querySelector("fieldset").disabled = state === "failed" || state === "not_configured";
+        for (const badge of document.querySelectorAll(`[data-badge="${root.dataset.model}"]`)) {
+          badge.dataset.state = state;
+          for (const word of badge.children) word.hidden = word.dataset.when !== state;
+        }
+      },
+    };
+  }
+
+  function withText(tag, className, text) {
+    const element = document.createElement(tag);
+    element.className = className;
+    element.textContent = text;
+    return element;
+  }
+
+  function setOrRemove(element, attribute, value) {
+    if (value) element.setAttribute(attribute, value);
+    else element.removeAttribute(attribute);
+  }
+
+  function countCharacters(counter, prompt) {
+    const count = () => {
+      // Code points, as the server counts; `length` would count an emoji twice.
+      const excess = [...prompt.value].length - maxPromptChars;
+      const text = excess > 0
+        ? fill(texts.textCounterOver, { count: numbers.format(excess) })
+        : fill(texts.textCounter, { count: numbers.format(excess + maxPromptChars), limit: numbers.format(maxPromptChars) });
+      counter.textContent = text;
+      counter.classList.toggle("is-over", excess > 0);
+      prompt.setCustomValidity(excess > 0 ? text : "");
+    };
+    counter.hidden = false;
+    prompt.addEventListener("input", count);
+    window.addEventListener("pageshow", count); // the browser may have restored a text
+    count();
+  }
+
+  function showCopyButton(outcome) {
+    const button = outcome.querySelector("[data-copy]");
+    const answer = outcome.querySelector("[data-answer]");
+    // Browsers offer the clipboard on HTTPS and localhost only.
+    if (!button || !answer || !navigator.clipboard) return;
+    const text = button.textContent;
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(answer.textContent);
+      } catch {
+        getSelection().selectAllChildren(answer); // refused by the browser: one keystroke is left to the reader
+        return;
+      }
+      button.textContent = texts.textCopied;
+      setTimeout(() => { button.textContent = text; }, 2000);
+    });
+  }
+
+  function enhancePictures(root, form) {
+    const input = form.elements.image;
+    const drop = input.closest(".drop");
+    const thumbs = root.querySelector("[data-thumbs]");
+    const problem = root.querySelector("[data-pictures-error]");
+    const accepted = input.accept.split(",");
+    let pictures = []; // what `input.files` holds, in order
+    let urls = [];
+
+    drop.classList.add("is-enhanced");
+    root.querySelector("[data-drop-label]").hidden = false;
+    if (input.files.length) add([...input.files]);
+
+    input.addEventListener("change", () => add([...input.files]));
+
+    // The whole page takes pictures: one that misses the box must not replace the page in the browser.
+    const isOn = () => !form.querySelector("fieldset").disabled;
+    const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
+    document.addEventListener("dragover", (event) => {
+      if (!carriesFiles(event)) return;
+      event.preventDefault();
+      drop.classList.toggle("is-over", isOn());
+    });
+    document.addEventListener("dragleave", (event) => {
+      if (!event.relatedTarget) drop.classList.remove("is-over");
+    });
+    document.addEventListener("drop", (event) => {
+      if (!carriesFiles(event)) return;
+      event.preventDefault();
+      drop.classList.remove("is-over");
+      if (isOn()) add([...event.dataTransfer.files]);
+    });
+    document.addEventListener("paste", (event) => {
+      const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+      if (!files.length || !isOn()) return;
+      event.preventDefault();
+      add(files);
+    });
+
+    function add(files) {
+      let message = "";
+      const next = [...pictures];
+      for (const file of files) {
+        const bytes = [...next, file].reduce((sum, one) => sum + one.size, 0);
+        // An unknown type is left to the server, which looks at the bytes.
+        if (file.type && !accepted.includes(file.type)) message = fill(texts.textImageType, { name: file.name });
+        else if (next.length >= maxImages) message = fill(texts.textImageCount, { limit: numbers.format(maxImages) });
+        else if (bytes > maxImageBytes) {
+          message = fill(texts.textImageSize, { size: megabytes(bytes, Math.ceil), limit: megabytes(maxBodyBytes, Math.floor) });
+        } else next.push(file);
+      }
+      choose(next, message);
+    }
+
+    function choose(files, message) {
+      pictures = files;
+      const transfer = new DataTransfer();
+      for (const file of files) transfer.items.add(file);
+      input.files = transfer.files;
+      problem.textContent = message;
+      problem.hidden = !message;
+      for (const url of urls) URL.revokeObjectURL(url);
+      urls = files.map((file) => URL.createObjectURL(file));
+      thumbs.replaceChildren(...files.map(thumb));
+      thumbs.hidden = !files.length;
+    }
+
+    function thumb(file, index) {
+      const item = document.createElement("li");
+      const image = document.createElement("img");
+      image.src = urls[index];
+      image.alt = "";
+      const remove = withText("button", "", "×");
+      remove.type = "button";
+      remove.setAttribute("aria-label", fill(texts.textImageRemove, { name: file.name }));
+      remove.addEventListener("click", () => {
+        choose(pictures.filter((_, other) => other !== index), "");
+        (thumbs.querySelectorAll("button")[Math.min(index, pictures.length - 1)] ?? input).focus();
+      });
+      item.append(image, withText("span", "", file.name), remove);
+      return item;
+    }
+
+    // One decimal, rounded so that what is over a limit never reads as the limit itself.
+    function megabytes(bytes, round) {
+      return numbers.format(round((bytes / 1048576) * 10) / 10);
+    }
+  }
+
+  async function pollStates() {
+    try {
+      const response = await fetch("/api/health/ready", { cache: "no-store" });
+      const { models } = await response.json(); // 503 has the same body
+      for (const card of cards) {
+        const state = models[card.name]?.state;
+        if (state && state !== card.state()) card.setState(state);
+      }
+    } catch {
+      // The server is restarting, perhaps: the next look will tell.
+    }
+    if (cards.some((card) => card.state() === "loading")) setTimeout(pollStates, pollEveryMs);
+  }
+})();
