@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import IO
+from typing import IO, Any
 
 import flask
 from flask import g, request
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.http import parse_options_header
 
 from models.parsing import UploadedFile
@@ -14,6 +15,39 @@ from responses import WebError
 
 # The worker ends connections that take too long to send a request; this key holds the call that says "it is all here".
 READ_MARK = "avito.request_read"
+
+
+class BoundedInput(io.RawIOBase):
+    """A request body that is neither longer than allowed nor shorter than announced.
+
+    Werkzeug cuts a chunked body at the limit without a word, and a body that ends early reads like a complete one.
+
+    :param raw: the server's input stream.
+    :param limit: most bytes.
+    :param announced: the Content-Length; None for a chunked body.
+    """
+
+    def __init__(self, raw: IO[bytes], limit: int, announced: int | None) -> None:
+        self._raw = raw
+        self._limit = limit
+        self._announced = announced
+        self._num_read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """:raise RequestEntityTooLarge, ClientDisconnected: see the class."""
+        data = self._raw.read(min(len(buffer), self._limit - self._num_read) or 1)
+        self._num_read += len(data)
+        if self._num_read > self._limit or (
+            self._num_read == self._limit and self._announced is None and self._raw.read(1)
+        ):
+            raise RequestEntityTooLarge
+        if not data and self._announced is not None and self._num_read < self._announced:
+            raise ClientDisconnected
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class InMemoryRequest(flask.Request):
@@ -27,6 +61,20 @@ class InMemoryRequest(flask.Request):
         content_length: int | None = None,
     ) -> IO[bytes]:
         return io.BytesIO()
+
+
+def bound_input(limit: int) -> None:
+    """Let nobody read more of the current request's body than `limit` bytes, or take half of one for the whole.
+
+    :raise RequestEntityTooLarge: it announces more; nothing was read.
+    """
+    announced = request.content_length
+    if announced is not None and announced > limit:
+        raise RequestEntityTooLarge
+    environ = request.environ
+    is_chunked = environ.get("HTTP_TRANSFER_ENCODING") is not None
+    if announced is not None or is_chunked:
+        environ["wsgi.input"] = BoundedInput(environ["wsgi.input"], limit, None if is_chunked else announced)
 
 
 def media_type() -> str:

@@ -7,7 +7,8 @@ before it has sent a byte, and lingers over closing connections in its main thre
 - counts the time for header and body from then on, also while it waits for a thread, and ends the reading when it is
   up: the view sees a body that ended early, and a half-sent header is closed silently,
 - counts the time for reading the answer from its first byte, and closes the connection when it is up,
-- closes connections in the thread that served them.
+- closes connections in the thread that served them,
+- closes the port when a stop begins, after taking along who had already connected.
 
 Written against Gunicorn 27.0 (`gunicorn/workers/gthread.py`), which requirements.txt pins.
 """
@@ -123,6 +124,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         conn.timeout = time.monotonic() + self.settings.read_timeout_s
         self.pending_conns.append(conn)
         self.poller.register(client, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive:
+            # A stop has begun. Who is in the backlog is taken along; after that nobody may join a queue that is
+            # never served again, so the port refuses at once.
+            for listener in self.sockets:
+                before = -1
+                while before != self.nr_conns:
+                    before = self.nr_conns
+                    self.accept(listener)
+                listener.close()
 
     def enqueue_req(self, conn: Connection) -> None:
         self.reaper.watch(conn.sock, self.settings.read_timeout_s, socket.SHUT_RD)

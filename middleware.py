@@ -18,9 +18,10 @@ from urllib.parse import quote
 from flask import Flask, Response, g, request
 from flask_cors import CORS
 from flask_limiter import Limiter
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+import bodies
 import logs
 from accounting import DOOR_BY_PATH, Exchange, Ledger
 from config import Settings
@@ -65,8 +66,7 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
         if g.exchange.door:
             ledger.open(g.exchange.door)
             log.info("Request received: %s %s", request.method, g.exchange.path)
-        if request.content_length is not None and request.content_length > limits.max_body_bytes:
-            raise RequestEntityTooLarge
+        bodies.bound_input(limits.max_body_bytes)
 
     limiter = _make_limiter(app, settings)
 

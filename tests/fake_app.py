@@ -1,0 +1,44 @@
+"""The application over a fake model, for the real server: `gunicorn -c gunicorn_config.py "tests.fake_app:create()"`.
+
+The runner echoes the prompt, one token a step. A prompt that begins with `hang` stops the engine for good.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence as Sequences
+from pathlib import Path
+
+from flask import Flask
+
+from app_production import create_app
+from config import load_settings
+from models.engine.sequence import Sequence
+from models.service import ModelService
+from tests.fakes import EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
+from tests.test_snapshots import make_snapshot
+
+
+def make_folder(root: Path) -> Path:
+    """A snapshot that passes the checks at start; nothing of it is loaded."""
+    return make_snapshot(root / "snapshot")
+
+
+def create(step_s: float = 0.0, load_s: float = 0.0) -> Flask:
+    """:param step_s: how long a step takes. :param load_s: how long loading takes."""
+
+    def before_step(batch: Sequences[Sequence]) -> None:
+        if bytes(batch[0].prompt_ids[:4]) == b"hang":
+            threading.Event().wait()
+        time.sleep(step_s)
+
+    settings = load_settings()
+    models = {"avibe": FakeLoaded(EchoRunner(before_step if step_s else None))}
+    load = FakeLoad(models)
+    if load_s:
+        load.gate.clear()
+        threading.Timer(load_s, load.gate.set).start()
+    service = ModelService({"avibe": fake_snapshot("avibe")}, settings.limits, load=load)
+    service.start()
+    return create_app(settings, service)

@@ -1,0 +1,336 @@
+"""The real Gunicorn with our worker: slow clients, clients that leave, stops, lost engines, bodies on the wire."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import PROJECT_ROOT
+from tests.fake_app import make_folder
+
+GENEROUS_S = 60.0
+TEXT = "/api/v1/text/generate"
+MAX_BODY = 16 * 1024 * 1024
+
+
+class Server:
+    """One Gunicorn on a free port of the loopback."""
+
+    def __init__(self, folder: Path, factory: str, settings: dict[str, str]) -> None:
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("AVITO_", "AVI"))}
+        environ |= {"AVIBE_MODEL_PATH": str(make_folder(folder)), "AVISION_MODEL_PATH": "", "AVITO_ENV": "development"}
+        environ |= {"AVITO_PORT": str(self.port), "AVITO_RATE_LIMIT": "", "AVITO_LOG_FILE": ""} | settings
+        self.log = folder / "log"
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "-c", "gunicorn_config.py", f"tests.fake_app:{factory}"],
+                cwd=PROJECT_ROOT,
+                env=environ,
+                stdout=out,
+                stderr=out,
+            )
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self._open(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}"))
+
+    def ask(self, prompt: str, **fields: Any) -> tuple[int, Any]:
+        body = json.dumps({"prompt": prompt, "max_tokens": 2000, **fields}).encode()
+        headers = {"Content-Type": "application/json"}
+        return self._open(urllib.request.Request(f"http://127.0.0.1:{self.port}{TEXT}", body, headers))
+
+    @staticmethod
+    def _open(request: urllib.request.Request) -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=GENEROUS_S) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=GENEROUS_S)
+
+    def send_request(self, prompt: str) -> socket.socket:
+        connection = self.connect()
+        connection.sendall(raw_request(prompt))
+        return connection
+
+    def refuses(self) -> bool:
+        try:
+            self.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    def application(self) -> dict[str, Any]:
+        return dict(self.get("/api/metrics")[1]["application"])
+
+    def wait_ready(self) -> Server:
+        self.wait(lambda: self.get("/api/health/ready")[0] == 200, "ready")
+        return self
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + GENEROUS_S
+        while True:
+            try:
+                if condition():
+                    return
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, f"no {what}:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.02)
+
+
+def raw_request(prompt: str, extra: str = "") -> bytes:
+    body = json.dumps({"prompt": prompt, "max_tokens": 2000}).encode()
+    head = (
+        f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"{extra}Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers (lower case) and body of one answer."""
+    with connection.makefile("rb") as file:
+        status = int(file.readline().split()[1])
+        headers = {}
+        while line := file.readline().strip():
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        return status, headers, file.read(int(headers["content-length"]))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def make(factory: str = "create()", **settings: Any) -> Server:
+        folder = tmp_path / str(len(servers))
+        folder.mkdir()
+        servers.append(Server(folder, factory, {name: str(value) for name, value in settings.items()}))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.process.kill()
+        server.process.wait(GENEROUS_S)
+
+
+def in_threads(number: int, work: Callable[[int], Any]) -> tuple[list[threading.Thread], list[Any]]:
+    results: list[Any] = [None] * number
+
+    def run(index: int) -> None:
+        try:
+            results[index] = work(index)
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    return threads, results
+
+
+def test_live_answers_at_once_while_a_model_loads(start: Any) -> None:
+    server = start("create(load_s=3600)")
+    server.wait(lambda: server.get("/api/health/live")[0] == 200, "live")
+    status, body = server.get("/api/health/ready")
+    assert status == 503 and "avibe: loading" in body["why_not_ready"][0]
+    assert server.ask("a")[0] == 503
+
+
+def test_stop_under_load_answers_every_client_and_exits_with_zero(start: Any) -> None:
+    server = start("create(step_s=0.005)", AVITO_MAX_RUNNING=4).wait_ready()
+    prompt = "x" * 60
+    idle = server.send_request("x")
+    assert read_answer(idle)[0] == 200
+    threads, results = in_threads(24, lambda _: server.ask(prompt))
+    server.wait(lambda: server.application()["requests_running"] > 0, "running")
+    server.process.send_signal(signal.SIGTERM)
+    server.wait(server.refuses, "a closed port")
+    idle.sendall(raw_request("late"))
+    status, headers, body = read_answer(idle)
+    assert (status, headers["connection"]) == (200, "close")
+    assert json.loads(body)["data"]["text"] == "late"
+    for thread in threads:
+        thread.join(GENEROUS_S)
+    assert [result[0] for result in results] == [200] * 24, results
+    assert {result[1]["data"]["text"] for result in results} == {prompt}
+    assert server.process.wait(GENEROUS_S) == 0, server.log.read_text()
+    idle.close()
+
+
+def test_clients_that_leave_in_mid_answer_give_their_places_back(start: Any) -> None:
+    server = start("create(step_s=0.005)", AVITO_MAX_RUNNING=4).wait_ready()
+    clients = [server.send_request("x" * 2000) for _ in range(20)]
+    server.wait(lambda: server.application()["requests_waiting"] == 16, "a queue")
+    assert server.application()["requests_running"] == 4
+    for client in clients:
+        client.close()
+    server.wait(lambda: server.application()["cancelled_requests"] == 20, "20 cancelled")
+    application = server.application()
+    assert application["requests_running"] == application["requests_waiting"] == application["open_requests"] == 0
+    assert application["total_requests"] == 20
+    assert server.ask("x")[0] == 200
+
+
+def test_client_that_waits_with_more_bytes_sent_is_not_taken_for_gone(start: Any) -> None:
+    server = start("create(step_s=0.01)").wait_ready()
+    with closing(server.send_request("x" * 80)) as client:
+        client.sendall(raw_request("second"))
+        assert json.loads(read_answer(client)[2])["data"]["text"] == "x" * 80
+
+
+SLOW = [
+    b"",
+    b"POST /api/v1/text/generate HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    raw_request("x" * 200)[:-150],
+]
+
+
+@pytest.mark.parametrize("beginning", SLOW, ids=["silent", "half a header", "half a body"])
+@pytest.mark.parametrize("is_dripping", [False, True], ids=["stalled", "dripping"])
+def test_twice_as_many_slow_clients_as_threads_do_not_shut_others_out(
+    start: Any, beginning: bytes, is_dripping: bool
+) -> None:
+    server = start(AVITO_THREADS=4, AVITO_READ_TIMEOUT_S=1).wait_ready()
+    slow = [server.connect() for _ in range(8)]
+    for client in slow:
+        client.sendall(beginning)
+    stop = threading.Event()
+
+    def drip() -> None:
+        while not stop.wait(0.1):
+            for client in slow:
+                try:
+                    client.sendall(b"a")
+                except OSError:
+                    continue
+
+    dripper = threading.Thread(target=drip)
+    if is_dripping and beginning:
+        dripper.start()
+    try:
+        threads, results = in_threads(4, lambda _: server.ask("hello"))
+        for thread in threads:
+            thread.join(15)
+        assert [result and result[0] for result in results] == [200] * 4, results
+    finally:
+        stop.set()
+        if dripper.is_alive():
+            dripper.join()
+        for client in slow:
+            client.close()
+
+
+def test_body_that_ends_early_is_told_and_counted(start: Any) -> None:
+    server = start(AVITO_READ_TIMEOUT_S=1).wait_ready()
+    with closing(server.connect()) as client:
+        client.sendall(raw_request("x" * 200)[:-150])
+        status, _, body = read_answer(client)
+    assert status == 400
+    assert "body: ended before its" in json.loads(body)["error"]["message"]
+    assert server.application()["rejected_requests"] == 1
+
+
+def test_clients_that_never_read_their_answer_do_not_hold_threads(start: Any) -> None:
+    server = start(AVITO_THREADS=4, AVITO_ANSWER_TIMEOUT_S=1).wait_ready()
+    lazy = []
+    for _ in range(8):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(b"GET /static/vendor/swagger-ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 4)
+        lazy.append(client)
+    assert server.ask("hello")[0] == 200
+    for client in lazy:
+        client.close()
+
+
+def chunked(size: int) -> Iterator[bytes]:
+    frame = b'{"prompt": "a"}'
+    yield b"%x\r\n%s\r\n" % (len(frame), frame)
+    left = size - len(frame)
+    while left:
+        part = min(left, 1 << 20)
+        yield b"%x\r\n%s\r\n" % (part, b" " * part)
+        left -= part
+    yield b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("extra", "expected"), [(0, 200), (1, 413)])
+def test_chunked_body_passes_up_to_the_limit(start: Any, extra: int, expected: int) -> None:
+    server = start().wait_ready()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with closing(server.connect()) as client:
+        client.sendall(head.encode())
+        for part in chunked(MAX_BODY + extra):
+            client.sendall(part)
+        status, _, body = read_answer(client)
+    assert status == expected, body
+    if expected == 413:
+        assert json.loads(body)["error"]["code"] == "payload_too_large"
+
+
+def test_announced_body_beyond_the_limit_is_answered_while_it_is_still_being_sent(start: Any) -> None:
+    """The client reads the 413 and no reset, though it sends everything first."""
+    server = start().wait_ready()
+    size = 2 * MAX_BODY
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    with closing(server.connect()) as client:
+        client.sendall(head.encode())
+        sent = threading.Thread(target=send_quietly, args=(client, size))
+        sent.start()
+        status, _, body = read_answer(client)
+        assert (status, json.loads(body)["error"]["code"]) == (413, "payload_too_large")
+        client.close()
+        sent.join(GENEROUS_S)
+
+
+def send_quietly(client: socket.socket, size: int) -> None:
+    try:
+        for _ in range(size >> 16):
+            client.sendall(b" " * (1 << 16))
+    except OSError:
+        return
+
+
+def test_hung_engine_is_replaced_after_everybody_is_answered(start: Any) -> None:
+    server = start("create(step_s=0.001)", AVITO_STALL_LIMIT_S=1).wait_ready()
+    uptime = server.get("/api/health")[1]["uptime_seconds"]
+    status, body = server.ask("hang")
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    server.wait(lambda: server.get("/api/health")[1]["uptime_seconds"] < uptime + 1, "a new worker")
+    server.wait_ready()
+    assert server.ask("hello")[1]["data"]["text"] == "hello"
+    log = server.log.read_text()
+    assert "the engine is lost" in log and "--- engine" in log
+
+
+def test_timeouts_of_server_and_requests_fit_together(start: Any) -> None:
+    """The server's grace is above the longest request."""
+    code = "import gunicorn_config as g; print(g.graceful_timeout)"
+    environ = {**os.environ, "AVIBE_MODEL_PATH": str(start().log.parent / "snapshot"), "AVISION_MODEL_PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, check=True
+    )
+    from config import Settings
+
+    assert int(result.stdout) > Settings().request_deadline_s
