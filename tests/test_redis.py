@@ -1,0 +1,48 @@
+"""The rate limit in a real Redis: shared by two applications, and still there when Redis goes away."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import GENEROUS_S
+from tests.test_middleware import ask
+
+pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + GENEROUS_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+    yield process, f"redis://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+def test_count_is_shared_and_limits_go_on_without_redis(make_app: Any, redis: Any) -> None:
+    process, uri = redis
+    settings = {"AVITO_RATE_LIMIT": "2/minute", "AVITO_RATE_LIMIT_STORAGE_URI": uri}
+    first, second = (make_app(**settings).test_client() for _ in range(2))
+    assert [ask(first), ask(second), ask(first), ask(second)] == [200, 200, 429, 429]
+    process.kill()
+    process.wait()
+    assert [ask(first, peer="7.7.7.7") for _ in range(3)] == [200, 200, 429], "each application counts for itself"
