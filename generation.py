@@ -31,6 +31,7 @@ def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Compl
     :raise RequestCancelled: the client left; the work was given up and its place is given back.
     """
     exchange: Exchange = g.exchange
+    exchange.facts = _facts(parsed)
     log.info("Input validated: model %s, max_tokens %d", parsed.model, parsed.sampling.max_tokens)
     channel = service.submit(parsed, request_id=exchange.request_id, received_at=exchange.started)
     exchange.input_tokens = channel.input_tokens
@@ -43,6 +44,15 @@ def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Compl
     exchange.completion = completion
     log.info("Generated: %d tokens in %.3fs", completion.generated_tokens, completion.timing.generation_s)
     return completion
+
+
+def _facts(parsed: TextRequest | ImageRequest) -> dict[str, object]:
+    """What the audit line may tell of the input: lengths and hashes."""
+    facts: dict[str, object] = {"prompt_chars": sum(len(message.content) for message in parsed.messages)}
+    if isinstance(parsed, ImageRequest):
+        headers = [image.header for image in parsed.images]
+        facts["images"] = ",".join(f"{h.format}:{h.width}x{h.height}:{h.num_bytes}:{h.sha256[:12]}" for h in headers)
+    return facts
 
 
 def _wait(service: ModelService, channel: Channel, exchange: Exchange) -> Completion:

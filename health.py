@@ -98,8 +98,8 @@ def make_blueprint(
 
     @bp.post("/api/drain")
     def drain() -> Response:
-        """Before a stop: ready answers 503 from now on, while requests are still answered."""
-        require_operator(settings)
+        """Before a stop: ready answers 503 from now on, while requests are still answered. There is no way back."""
+        require_token(settings)
         service.drain()
         return jsonify({"status": "draining"})
 
@@ -107,18 +107,25 @@ def make_blueprint(
     return bp
 
 
+def require_token(settings: Settings) -> None:
+    """:raise WebError: `unauthorized` without a token or with a wrong one; `forbidden` if none is set."""
+    token = settings.ops_token.get_secret_value()
+    given = request.headers.get("Authorization", "")
+    if given and not token:
+        raise WebError("forbidden", "AVITO_OPS_TOKEN is not set on this server, so no token opens this")
+    if not token or not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        raise WebError(
+            "unauthorized", "the operator's token is needed", headers={"WWW-Authenticate": 'Bearer realm="ops"'}
+        )
+
+
 def require_operator(settings: Settings) -> None:
     """The operator's token; if none is set, only a peer on this very machine, with nobody in between.
 
     :raise WebError: `unauthorized` for a missing or wrong token; `forbidden` for anybody else without one.
     """
-    token = settings.ops_token.get_secret_value()
-    if token:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise WebError(
-                "unauthorized", "the operator's token is needed", headers={"WWW-Authenticate": 'Bearer realm="ops"'}
-            )
+    if settings.ops_token.get_secret_value():
+        require_token(settings)
         return
     is_direct = not settings.trusted_proxies and not any(name in request.headers for name in _FORWARDING_HEADERS)
     if not (is_direct and _is_loopback(request.remote_addr) and "Origin" not in request.headers):

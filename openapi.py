@@ -49,7 +49,10 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
         "tags": [
             {"name": "generate", "description": "Text and pictures in, text out. Limited per client."},
             {"name": "health", "description": "How the service is. Not limited."},
-            {"name": "operator", "description": "Need the operator's token, or a peer on the same machine."},
+            {
+                "name": "operator",
+                "description": "Need the operator's token; without one, metrics may be reset from the same machine.",
+            },
         ],
         "paths": {
             "/api/v1/text/generate": {
@@ -100,7 +103,7 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
                 "post": _operation(
                     "drain", "operator", "Let readiness answer 503 before a stop", None, _ref("Done"), ("401", "403")
                 )
-                | {"security": [{"operator": []}, {}]}
+                | {"security": [{"operator": []}]}
             },
         },
         "components": {

@@ -202,8 +202,15 @@ def test_without_a_token_only_a_direct_local_peer_is_let_in(
         assert_error(response, "forbidden")
 
 
-def test_drain_turns_ready_away_and_keeps_the_doors_open(client: FlaskClient) -> None:
-    assert client.post("/api/drain").status_code == 200
+def test_drain_needs_a_token_even_from_a_local_peer(client: FlaskClient) -> None:
+    assert_error(client.post("/api/drain"), "unauthorized")
+    assert_error(client.post("/api/drain", headers={"Authorization": "Bearer x"}), "forbidden")
+    assert client.get("/api/health/ready").status_code == 200
+
+
+def test_drain_turns_ready_away_and_keeps_the_doors_open(make_app: Any) -> None:
+    client = make_app(AVITO_OPS_TOKEN=TOKEN).test_client()
+    assert client.post("/api/drain", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
     ready = client.get("/api/health/ready")
     assert ready.status_code == 503
     assert ready.get_json()["why_not_ready"] == ["service: draining before a stop"]

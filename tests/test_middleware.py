@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 
-from tests.test_error_shape import TEXT, post_json
+from tests.test_error_shape import IMAGE, TEXT, post_form, post_json
+from tests.test_images import png
 
 FOREIGN = "https://evil.example"
 FRIEND = "https://app.example:8443"
@@ -107,8 +109,19 @@ def test_request_flow_is_five_lines_and_one_audit_line(client: FlaskClient, capl
     fields = audit.fields  # type: ignore[attr-defined]
     assert fields["outcome"] == "ok" and fields["door"] == "api_text_generate"
     assert (fields["input_tokens"], fields["generated_tokens"], fields["client"]) == (15, 15, "127.0.0.1")
+    assert fields["prompt_chars"] == 15
     assert fields["queue_s"] >= 0 and fields["first_s"] > 0 and fields["total_s"] > 0
     assert response.status_code == 200
+
+
+def test_pictures_are_audited_by_size_and_hash(client: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+    data = png()
+    with caplog.at_level(logging.INFO):
+        assert post_form(client, IMAGE, (data, "secret-name.png", "image/png"), prompt="a").status_code == 200
+    (audit,) = [r for r in caplog.records if r.name == "avito.audit"]
+    expected = f"PNG:24x16:{len(data)}:{hashlib.sha256(data).hexdigest()[:12]}"
+    assert audit.fields["images"] == expected  # type: ignore[attr-defined]
+    assert "secret-name" not in caplog.text
 
 
 def test_refusal_is_audited_with_its_reason(client: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
