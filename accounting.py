@@ -57,6 +57,7 @@ class Exchange:
     input_tokens: int = 0
     generated_tokens: int = 0
     timing: Timing | None = None
+    is_followed: bool = False  # a response will report the end
     facts: dict[str, object] = field(default_factory=dict)
 
     def outcome(self) -> Outcome:

@@ -7,14 +7,17 @@ from typing import IO, Any
 
 import flask
 from flask import g, request
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.exceptions import BadRequest, ClientDisconnected, RequestEntityTooLarge
+from werkzeug.formparser import FormDataParser
 from werkzeug.http import parse_options_header
 
 from models.parsing import UploadedFile
-from responses import WebError
+from responses import BodyTooLarge, WebError
 
 # The worker ends connections that take too long to send a request; this key holds the call that says "it is all here".
 READ_MARK = "avito.request_read"
+# When the worker saw the request's first byte, in monotonic seconds.
+RECEIVED_AT = "avito.received_at"
 
 
 class BoundedInput(io.RawIOBase):
@@ -37,17 +40,24 @@ class BoundedInput(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """:raise RequestEntityTooLarge, ClientDisconnected: see the class."""
-        data = self._raw.read(min(len(buffer), self._limit - self._num_read) or 1)
+        """:raise BodyTooLarge, ClientDisconnected: see the class.
+        :raise BadRequest: the chunks are malformed.
+        """
+        data = self._read(min(len(buffer), self._limit - self._num_read) or 1)
         self._num_read += len(data)
-        if self._num_read > self._limit or (
-            self._num_read == self._limit and self._announced is None and self._raw.read(1)
-        ):
-            raise RequestEntityTooLarge
+        is_full = self._num_read == self._limit and self._announced is None
+        if self._num_read > self._limit or (is_full and self._read(1)):
+            raise BodyTooLarge
         if not data and self._announced is not None and self._num_read < self._announced:
             raise ClientDisconnected
         buffer[: len(data)] = data
         return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._raw.read(size)
+        except Exception as error:  # the server has an exception class for each way to malform a chunk
+            raise BadRequest from error
 
 
 class InMemoryRequest(flask.Request):
@@ -62,15 +72,20 @@ class InMemoryRequest(flask.Request):
     ) -> IO[bytes]:
         return io.BytesIO()
 
+    def make_form_data_parser(self) -> FormDataParser:
+        parser = super().make_form_data_parser()
+        parser.silent = False  # a malformed form is an error, not an empty form
+        return parser
+
 
 def bound_input(limit: int) -> None:
     """Let nobody read more of the current request's body than `limit` bytes, or take half of one for the whole.
 
-    :raise RequestEntityTooLarge: it announces more; nothing was read.
+    :raise BodyTooLarge: it announces more; nothing was read.
     """
     announced = request.content_length
     if announced is not None and announced > limit:
-        raise RequestEntityTooLarge
+        raise BodyTooLarge
     environ = request.environ
     is_chunked = environ.get("HTTP_TRANSFER_ENCODING") is not None
     if announced is not None or is_chunked:
@@ -100,8 +115,17 @@ def read_form() -> tuple[list[tuple[str, str]], list[UploadedFile]]:
     :raise WebError: `unsupported_media_type`.
     """
     expect_media_type("multipart/form-data", "application/x-www-form-urlencoded")
-    fields = list(request.form.items(multi=True))
-    files = [UploadedFile(name, part.mimetype, part.stream.read()) for name, part in request.files.items(multi=True)]
+    is_urlencoded = media_type() == "application/x-www-form-urlencoded"
+    # Werkzeug counts the parts of multipart forms only; millions of fields here would cost gigabytes.
+    if is_urlencoded and request.get_data(cache=True).count(b"&") >= (request.max_form_parts or 0):
+        raise RequestEntityTooLarge
+    try:
+        fields = list(request.form.items(multi=True))
+        files = [
+            UploadedFile(name, part.mimetype, part.stream.read()) for name, part in request.files.items(multi=True)
+        ]
+    except ValueError:
+        raise WebError("invalid_request", "body: is not a well-formed form") from None
     mark_read()
     g.form_fields = fields
     return fields, files
@@ -116,7 +140,9 @@ def expect_media_type(*allowed: str) -> None:
 
 
 def mark_read() -> None:
-    """The whole request has arrived: its read time-out ends."""
+    """The whole request has arrived: its read time-out ends.
+
+    If that had struck just before, our own side of the connection is shut, and its end says nothing of the client.
+    """
     mark = request.environ.get(READ_MARK)
-    if mark is not None:
-        mark()
+    g.can_see_client = mark is None or mark()

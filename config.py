@@ -85,8 +85,6 @@ class Limits:
     answer_timeout_s: float = 60.0
     # How often a thread that waits for an answer looks whether its client is still there.
     client_check_interval_s: float = 0.25
-    # Deltas of one stream are at least this far apart: one event per token per stream slows the engine.
-    delta_interval_s: float = 0.03
     min_disk_free_percent: float = 5.0
 
 
@@ -101,7 +99,7 @@ def _split_origins(value: object) -> object:
 
 def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
     for origin in value:
-        if not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin):
+        if not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d+)?", origin):
             raise ValueError(f"each origin must look like https://host or https://host:port, got {origin!r}")
     return value
 
@@ -283,12 +281,18 @@ class Settings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _grace_covers_deadline(self) -> Settings:
-        if self.grace_s < self.request_deadline_s + GRACE_MARGIN_S:
-            raise ValueError(
-                f"AVITO_GRACE_S must be at least AVITO_REQUEST_DEADLINE_S + {GRACE_MARGIN_S:g} "
-                f"= {self.request_deadline_s + GRACE_MARGIN_S:g}, got {self.grace_s:g}"
+    def _fit_together(self) -> Settings:
+        mistakes = []
+        least_grace_s = self.request_deadline_s + GRACE_MARGIN_S
+        if self.grace_s < least_grace_s:
+            mistakes.append(
+                f"AVITO_GRACE_S={self.grace_s:g}: must be at least AVITO_REQUEST_DEADLINE_S + {GRACE_MARGIN_S:g} "
+                f"= {least_grace_s:g}"
             )
+        if self.drain_s > 0 and not self.ops_token.get_secret_value():
+            mistakes.append(f"AVITO_DRAIN_S={self.drain_s:g}: needs AVITO_OPS_TOKEN, which opens /api/drain")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
         return self
 
     @cached_property
@@ -311,7 +315,7 @@ class Settings(BaseModel):
 
 
 def _mask_password(value: str) -> str:
-    return re.sub(r"//[^@/]*@", "//********@", value)
+    return re.sub(r"//.*@", "//********@", value)
 
 
 def setting_names() -> dict[str, str]:
@@ -347,10 +351,18 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     known = setting_names()
     mistakes = [f"{name}: no such setting" for name in sorted(given) if name not in known]
     given = {name: value for name, value in given.items() if name in known}
-    try:
-        settings = Settings.model_validate(given)
-    except ValidationError as error:
-        mistakes += [_mistake(detail, given) for detail in error.errors()]
+    while True:
+        try:
+            settings = Settings.model_validate(given)
+            break
+        except ValidationError as error:
+            details = error.errors()
+            mistakes += [_mistake(detail, given) for detail in details]
+            wrong = {str(detail["loc"][0]) for detail in details if detail["loc"]}
+            if not wrong:
+                raise ConfigError(mistakes) from None
+            # Once more without them, because rules between settings are only looked at if each is right by itself.
+            given = {name: value for name, value in given.items() if name not in wrong}
     if mistakes:
         raise ConfigError(mistakes)
     return settings

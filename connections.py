@@ -5,17 +5,22 @@ before it has sent a byte, and lingers over closing connections in its main thre
 
 - gives a connection a thread only once it has sent something,
 - counts the time for header and body from then on, also while it waits for a thread, and ends the reading when it is
-  up: the view sees a body that ended early, and a half-sent header is closed silently,
+  up: the view sees a body that ended early, and a half-sent header is closed silently. A request that is complete when
+  its thread comes is served however long that took,
 - counts the time for reading the answer from its first byte, and closes the connection when it is up,
 - closes connections in the thread that served them,
-- closes the port when a stop begins, after taking along who had already connected.
+- closes the port when a stop begins, after taking along who had already connected,
+- survives running out of file descriptors.
 
 Written against Gunicorn 27.0 (`gunicorn/workers/gthread.py`), which requirements.txt pins.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import resource
 import selectors
 import socket
 import threading
@@ -28,13 +33,17 @@ from gunicorn import glogging, util
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 import logs
-from bodies import READ_MARK
+from bodies import READ_MARK, RECEIVED_AT
 from config import Settings
 
 log = logging.getLogger("avito.connections")
 
 _TICK_S = 0.25
 _LINGER_S = 1.0
+_LAST_CHANCE_S = 0.5
+_MAX_DESCRIPTORS = 65_536
+# For logs, libraries, model files and sockets to Redis.
+_SPARE_DESCRIPTORS = 128
 
 
 class Reaper:
@@ -56,22 +65,21 @@ class Reaper:
         with self._lock:
             self._deadlines[connection] = (self._clock() + seconds, how)
 
-    def forget(self, connection: socket.socket) -> None:
+    def forget(self, connection: socket.socket) -> bool:
+        """Stop watching. False if the connection had been shut down, or was not watched."""
         with self._lock:
-            self._deadlines.pop(connection, None)
+            return self._deadlines.pop(connection, None) is not None
 
     def reap(self) -> int:
         """Shut down what is overdue; how many that were."""
-        now = self._clock()
+        # Under the lock, so that who called `forget` in time is never hit.
         with self._lock:
+            now = self._clock()
             overdue = [(c, how) for c, (deadline, how) in self._deadlines.items() if now >= deadline]
-            for connection, _ in overdue:
+            for connection, how in overdue:
                 del self._deadlines[connection]
-        for connection, how in overdue:
-            try:
-                connection.shutdown(how)
-            except OSError:
-                continue  # it was gone already
+                with contextlib.suppress(OSError):  # it was gone already
+                    connection.shutdown(how)
         if overdue:
             log.info("ended %d connections that were too slow", len(overdue))
         return len(overdue)
@@ -86,6 +94,7 @@ class Connection(TConn):  # type: ignore[misc]
     """A connection that may be closed in its own thread, after which the main thread's close does nothing."""
 
     is_closed = False
+    received_at = 0.0  # monotonic seconds at which the first byte of the current request was seen
 
     def linger_and_close(self) -> None:
         self.is_closed = True
@@ -105,25 +114,28 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         self.reaper = Reaper()
         self.reaper.start()
+        self._serving = threading.local()
+        self.worker_connections: int = min(self.cfg.worker_connections, _raise_descriptor_limit() - _SPARE_DESCRIPTORS)
         super().init_process()
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        self.wsgi: Any = _timed(self.wsgi, self.reaper, self.settings)
+        self.wsgi: Any = self._with_clock(self.wsgi)
 
     def accept(self, listener: socket.socket) -> None:
         try:
             client, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        self.nr_conns += 1
-        # The answer's last piece must not wait for the client's acknowledgement of the one before.
-        if client.family in (socket.AF_INET, socket.AF_INET6):
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # Gunicorn's loop accepts again once a connection has gone.
+                self.worker_connections = max(1, self.nr_conns)
+                log.warning("no file descriptors left; from now on at most %d connections", self.worker_connections)
+            return  # otherwise the client has gone, or another wake-up took it
         conn = Connection(self.cfg, client, address, listener.getsockname())
         conn.timeout = time.monotonic() + self.settings.read_timeout_s
-        self.pending_conns.append(conn)
         self.poller.register(client, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+        self.pending_conns.append(conn)
+        self.nr_conns += 1
 
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
@@ -136,14 +148,21 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                     before = self.nr_conns
                     self.accept(listener)
                 listener.close()
+            # Who has not sent a byte by now (a browser's spare connection) does not hold the stop up.
+            for conn in self.pending_conns:
+                conn.timeout = min(conn.timeout, time.monotonic() + _LINGER_S)
 
     def enqueue_req(self, conn: Connection) -> None:
-        self.reaper.watch(conn.sock, self.settings.read_timeout_s, socket.SHUT_RD)
+        conn.received_at = time.monotonic()
         super().enqueue_req(conn)
 
     def handle(self, conn: Connection) -> Any:
         keep = False
         try:
+            left_s = conn.received_at + self.settings.read_timeout_s - time.monotonic()
+            # At least a moment: what lies complete in the buffer is read, though its time ran out in the queue.
+            self.reaper.watch(conn.sock, max(left_s, _LAST_CHANCE_S), socket.SHUT_RD)
+            self._serving.connection = conn
             keep = super().handle(conn)
             return keep
         finally:
@@ -151,24 +170,34 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             if not keep:
                 conn.linger_and_close()
 
+    def _with_clock(self, wsgi: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+        """The application, with its connection's clock: reading until the body is in, then none, then writing."""
+        settings, reaper = self.settings, self.reaper
 
-def _timed(wsgi: Callable[..., Iterable[bytes]], reaper: Reaper, settings: Settings) -> Callable[..., Iterable[bytes]]:
-    """The application, with its connection's clock: reading until the body is in, then none, then writing."""
+        def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            conn: Connection = self._serving.connection
+            environ[RECEIVED_AT] = conn.received_at
+            environ[READ_MARK] = partial(reaper.forget, conn.sock)
 
-    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        connection: socket.socket = environ["gunicorn.socket"]
-        environ[READ_MARK] = partial(reaper.forget, connection)
+            def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+                is_stream = not any(name.lower() == "content-length" for name, _ in headers)
+                # A stream may take as long as its request may; the time to read is what comes on top.
+                seconds = settings.answer_timeout_s + (settings.request_deadline_s if is_stream else 0)
+                reaper.watch(conn.sock, seconds, socket.SHUT_RDWR)
+                return start_response(status, headers, exc_info)
 
-        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            is_stream = not any(name.lower() == "content-length" for name, _ in headers)
-            # A stream may take as long as its request may; the time to read is what comes on top.
-            seconds = settings.answer_timeout_s + (settings.request_deadline_s if is_stream else 0)
-            reaper.watch(connection, seconds, socket.SHUT_RDWR)
-            return start_response(status, headers, exc_info)
+            return wsgi(environ, start)
 
-        return wsgi(environ, start)
+        return application
 
-    return application
+
+def _raise_descriptor_limit() -> int:
+    """Ask for as many file descriptors as the system lets us have; how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(wanted, 2 * _SPARE_DESCRIPTORS)
 
 
 class ServerLogger(glogging.Logger):  # type: ignore[misc]

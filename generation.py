@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import select
 import socket
-from typing import cast
 
 from flask import g, request
 
@@ -33,14 +32,21 @@ def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Compl
     exchange: Exchange = g.exchange
     exchange.facts = _facts(parsed)
     log.info("Input validated: model %s, max_tokens %d", parsed.model, parsed.sampling.max_tokens)
-    channel = service.submit(parsed, request_id=exchange.request_id, received_at=exchange.started)
-    exchange.input_tokens = channel.input_tokens
-    log.info("Tokenized: %d tokens", channel.input_tokens)
+    client = _Client()
     try:
-        completion = _wait(service, channel, exchange)
-    finally:
-        channel.cancel()
-        exchange.generated_tokens, exchange.timing = channel.generated_tokens, channel.timing
+        channel = service.submit(
+            parsed, request_id=exchange.request_id, received_at=exchange.started, is_abandoned=client.is_gone
+        )
+        exchange.input_tokens = channel.input_tokens
+        log.info("Tokenized: %d tokens", channel.input_tokens)
+        try:
+            completion = _wait(service, channel, exchange, client)
+        finally:
+            channel.cancel()
+            exchange.generated_tokens, exchange.timing = channel.generated_tokens, channel.timing
+    except RequestCancelled:
+        exchange.is_cancelled = True
+        raise
     exchange.completion = completion
     log.info("Generated: %d tokens in %.3fs", completion.generated_tokens, completion.timing.generation_s)
     return completion
@@ -55,20 +61,29 @@ def _facts(parsed: TextRequest | ImageRequest) -> dict[str, object]:
     return facts
 
 
-def _wait(service: ModelService, channel: Channel, exchange: Exchange) -> Completion:
+def _wait(service: ModelService, channel: Channel, exchange: Exchange, client: _Client) -> Completion:
     deadline = exchange.started + service.limits.request_deadline_s + _BACKSTOP_S
-    connection = cast("socket.socket | None", request.environ.get("gunicorn.socket"))
     while True:
         end = channel.wait_end(service.limits.client_check_interval_s)
         if isinstance(end, Done):
             return end.completion
         if end is not None:
             raise end.error
-        if connection is not None and is_gone(connection):
-            exchange.is_cancelled = True
+        if client.is_gone():
             raise RequestCancelled
         if service.clock() >= deadline:
             raise DeadlineExceeded(f"the answer was not complete within {service.limits.request_deadline_s:g} s")
+
+
+class _Client:
+    """The other side of the current request, as far as it can be seen."""
+
+    def __init__(self) -> None:
+        can_see = g.get("can_see_client", True)
+        self._connection: socket.socket | None = request.environ.get("gunicorn.socket") if can_see else None
+
+    def is_gone(self) -> bool:
+        return self._connection is not None and is_gone(self._connection)
 
 
 def is_gone(connection: socket.socket) -> bool:

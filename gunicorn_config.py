@@ -9,12 +9,15 @@ import sys
 from typing import Any
 
 import connections
+import logs
 from config import ConfigError, load_settings
 from models.errors import SnapshotError
 from models.snapshots import find_snapshots
+from watchdog import Watchdog
 
 try:
     _settings = load_settings()
+    logs.check_file(_settings)
     # Paths, config.json and tokenizer files are checked now, before the port is bound.
     find_snapshots(_settings)
 except ConfigError as error:
@@ -47,13 +50,15 @@ forwarded_allow_ips = ""
 
 def post_worker_init(worker: Any) -> None:
     """The worker is up and loads its models: from here its engine is watched."""
-    from watchdog import Watchdog
-
-    Watchdog(worker.app.callable.extensions["avito_service"]).start()
+    application = worker.app.callable
+    application.extensions["avito_watchdog"] = Watchdog(application.extensions["avito_service"])
+    application.extensions["avito_watchdog"].start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
     """Every accepted request has been answered, or the grace time is over."""
     application = worker.app.callable
     if application is not None:
+        # First, or it would take the stopped engine for a lost one.
+        application.extensions["avito_watchdog"].stop()
         application.extensions["avito_service"].stop(timeout_s=5.0)

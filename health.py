@@ -16,10 +16,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 
 from accounting import Ledger
 from config import VERSION, Settings
-from models.schemas import MODEL_NAMES
 from models.service import ModelService, ModelSnapshot, ServiceSnapshot
 from responses import WebError
-from system import GpuReader, read_system
+from system import GpuReader, SystemReader
 
 _FORWARDING_HEADERS = ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP", "Forwarded", "Via")
 
@@ -29,7 +28,7 @@ def make_blueprint(
 ) -> Blueprint:
     bp = Blueprint("health", __name__)
     started = time.monotonic()
-    read_system()  # psutil measures CPU use since the previous reading: this is the first
+    machine = SystemReader()
 
     @bp.get("/api/health")
     def show_health() -> Response:
@@ -37,11 +36,11 @@ def make_blueprint(
         snapshot = service.snapshot()
         return jsonify(
             {
-                "status": _status(snapshot, settings),
+                "status": _status(snapshot, settings, machine),
                 "version": VERSION,
                 "uptime_seconds": round(time.monotonic() - started, 3),
                 "models": _models(snapshot),
-                "checks": _checks(snapshot, settings, gpu, service),
+                "checks": _checks(snapshot, settings, machine, gpu, service),
                 "why_not_ready": list(snapshot.why_not_ready),
                 "demo": snapshot.is_demo,
             }
@@ -54,7 +53,7 @@ def make_blueprint(
         body: dict[str, Any] = {
             "status": "ready" if snapshot.is_ready else "not_ready",
             "models": _models(snapshot),
-            "checks": _checks(snapshot, settings, gpu, service),
+            "checks": _checks(snapshot, settings, machine, gpu, service),
             "demo": snapshot.is_demo,
         }
         if not snapshot.is_ready:
@@ -77,7 +76,7 @@ def make_blueprint(
         """System, card and application as JSON."""
         return jsonify(
             {
-                "system": _system(),
+                "system": _system(machine),
                 "gpu": _gpu(service, gpu),
                 "application": _application(service, ledger),
             }
@@ -103,7 +102,7 @@ def make_blueprint(
         service.drain()
         return jsonify({"status": "draining"})
 
-    _export_machine(registry, service, gpu)
+    _export_machine(registry, service, machine, gpu)
     return bp
 
 
@@ -134,16 +133,19 @@ def require_operator(settings: Settings) -> None:
 
 def _is_loopback(address: str | None) -> bool:
     try:
-        return ipaddress.ip_address(address or "").is_loopback
+        parsed = ipaddress.ip_address(address or "")
+        # A server that listens on :: sees IPv4 peers like this.
+        mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+        return (mapped or parsed).is_loopback
     except ValueError:
         return False
 
 
-def _status(snapshot: ServiceSnapshot, settings: Settings) -> str:
+def _status(snapshot: ServiceSnapshot, settings: Settings, machine: SystemReader) -> str:
     configured = [model for model in snapshot.models.values() if model.state != "not_configured"]
     if not snapshot.is_alive or all(model.state == "failed" for model in configured):
         return "unhealthy"
-    is_disk_low = read_system().disk_free_percent < settings.limits.min_disk_free_percent
+    is_disk_low = machine.read().disk_free_percent < settings.limits.min_disk_free_percent
     return "degraded" if is_disk_low or not snapshot.is_ready else "healthy"
 
 
@@ -168,10 +170,10 @@ def _model(model: ModelSnapshot) -> dict[str, Any]:
 
 
 def _checks(
-    snapshot: ServiceSnapshot, settings: Settings, gpu: GpuReader, service: ModelService
+    snapshot: ServiceSnapshot, settings: Settings, machine: SystemReader, gpu: GpuReader, service: ModelService
 ) -> dict[str, dict[str, Any]]:
     """Named checks. Only the engine and the models make the service not ready; the others are for the operator."""
-    system = read_system()
+    system = machine.read()
     minimum = settings.limits.min_disk_free_percent
     card = gpu.read(service.gpu_uuid)
     return {
@@ -199,8 +201,8 @@ def _checks(
     }
 
 
-def _system() -> dict[str, Any]:
-    reading = read_system()
+def _system(machine: SystemReader) -> dict[str, Any]:
+    reading = machine.read()
     return {
         "cpu_percent": reading.cpu_percent,
         "memory_percent": reading.memory_percent,
@@ -234,15 +236,14 @@ def _application(service: ModelService, ledger: Ledger) -> dict[str, Any]:
     outcomes = totals.by_outcome
     ended = sum(outcomes.values())
     snapshot = service.snapshot()
-    since_reset = service.metrics.since_mark
     return {
         "total_requests": totals.received,
         "open_requests": totals.open,
         **{f"{outcome}_requests": count for outcome, count in outcomes.items()},
         "success_rate_percent": round(100 * outcomes["ok"] / ended, 2) if ended else 100.0,
         "average_response_time_seconds": round(totals.ok_seconds / outcomes["ok"], 6) if outcomes["ok"] else 0.0,
-        "total_tokens_generated": sum(since_reset("avito_generation_tokens_total", name) for name in MODEL_NAMES),
-        "total_prompt_tokens": sum(since_reset("avito_prompt_tokens_total", name) for name in MODEL_NAMES),
+        "total_tokens_generated": service.metrics.since_mark(service.metrics.generation_tokens),
+        "total_prompt_tokens": service.metrics.since_mark(service.metrics.prompt_tokens),
         "avibe_requests": totals.by_door["web_avibe"] + totals.by_door["api_text_generate"],
         "avision_requests": totals.by_door["web_avision"] + totals.by_door["api_image_analyze"],
         "requests_running": sum(m.num_running for m in snapshot.models.values()),
@@ -250,14 +251,18 @@ def _application(service: ModelService, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _export_machine(registry: CollectorRegistry, service: ModelService, gpu: GpuReader) -> None:
+def _export_machine(registry: CollectorRegistry, service: ModelService, machine: SystemReader, gpu: GpuReader) -> None:
     """Gauges that are read when Prometheus asks."""
 
     def gauge(name: str, text: str, read: Any) -> None:
         Gauge(name, text, registry=registry).set_function(read)
 
     def of_card(attribute: str) -> Any:
-        return lambda: getattr(gpu.read(service.gpu_uuid), attribute, float("nan"))
+        def read() -> float:
+            value = getattr(gpu.read(service.gpu_uuid), attribute, None)
+            return float("nan") if value is None else float(value)
+
+        return read
 
     gauge("avito_ready", "1 if every configured model serves.", lambda: float(service.snapshot().is_ready))
     gauge(
@@ -265,10 +270,10 @@ def _export_machine(registry: CollectorRegistry, service: ModelService, gpu: Gpu
         "Seconds without a step while work is pending.",
         lambda: service.snapshot().stalled_s,
     )
-    gauge("avito_cpu_percent", "CPU use of the machine.", lambda: read_system().cpu_percent)
-    gauge("avito_memory_percent", "Memory use of the machine.", lambda: read_system().memory_percent)
-    gauge("avito_disk_percent", "Use of the disk that holds the service.", lambda: read_system().disk_percent)
-    gauge("avito_process_memory_bytes", "Resident memory.", lambda: read_system().process_memory_bytes)
+    gauge("avito_cpu_percent", "CPU use of the machine.", lambda: machine.read().cpu_percent)
+    gauge("avito_memory_percent", "Memory use of the machine.", lambda: machine.read().memory_percent)
+    gauge("avito_disk_percent", "Use of the disk that holds the service.", lambda: machine.read().disk_percent)
+    gauge("avito_process_memory_bytes", "Resident memory.", lambda: machine.read().process_memory_bytes)
     gauge("avito_gpu_memory_allocated_bytes", "Held by tensors.", lambda: service.device_memory()[0])
     gauge("avito_gpu_memory_reserved_bytes", "Held by torch's allocator.", lambda: service.device_memory()[1])
     for name, text in (

@@ -11,9 +11,10 @@ import json
 import logging
 import logging.config
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
-from config import Settings
+from config import ConfigError, Settings
 
 # "-" outside a request. A ContextVar, so that no function has to pass the id along.
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -93,6 +94,16 @@ def logging_config(settings: Settings) -> dict[str, Any]:
             **{name: {"level": "WARNING"} for name in ("urllib3", "httpx", "PIL", "filelock", "transformers")},
         },
     }
+
+
+def check_file(settings: Settings) -> None:
+    """:raise ConfigError: `AVITO_LOG_FILE` cannot be written."""
+    if settings.log_file:
+        try:
+            with Path(settings.log_file).open("a", encoding="utf-8"):
+                return
+        except OSError as error:
+            raise ConfigError([f"AVITO_LOG_FILE={settings.log_file}: cannot be written: {error.strerror}"]) from None
 
 
 def configure(settings: Settings) -> None:

@@ -11,8 +11,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import quote
 
 from flask import Flask, Response, g, request
@@ -26,11 +27,12 @@ import logs
 from accounting import DOOR_BY_PATH, Exchange, Ledger
 from config import Settings
 from models.errors import RequestCancelled, ServiceError
-from responses import STATUS_CLIENT_LEFT, as_web_error, error_response
+from responses import STATUS_CLIENT_LEFT, WebError, as_web_error, error_response
 
 log = logging.getLogger("avito.http")
 
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_EXCHANGE = "avito.exchange"
 PAGE_CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -59,9 +61,13 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
             app.wsgi_app, x_for=settings.trusted_proxies, x_proto=settings.trusted_proxies, x_host=0
         )
 
+    app.wsgi_app = _account_for_everything(app.wsgi_app, ledger, clock)  # type: ignore[method-assign]
+
     @app.before_request
     def stamp() -> None:
-        g.exchange = _open_exchange(clock())
+        # The worker knows when the first byte came; elsewhere it is now.
+        g.exchange = _open_exchange(request.environ.get(bodies.RECEIVED_AT) or clock())
+        request.environ[_EXCHANGE] = g.exchange
         logs.request_id.set(g.exchange.request_id)
         if g.exchange.door:
             ledger.open(g.exchange.door)
@@ -69,6 +75,11 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
         bodies.bound_input(limits.max_body_bytes)
 
     limiter = _make_limiter(app, settings)
+
+    @app.before_request
+    def read_rate() -> None:
+        # Now and not at the end: the storage may be gone by then, and a finished answer must not be lost for it.
+        g.rate = _read_rate(limiter)
 
     # after_request hooks run in reverse: this one, registered first, sees the finished response.
     @app.after_request
@@ -79,6 +90,7 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
         response.headers["X-Request-ID"] = exchange.request_id
         response.headers["X-Response-Time"] = f"{elapsed:.3f}s"
         # Accounting waits until the response is closed: a stream has not even begun now.
+        exchange.is_followed = True
         response.call_on_close(lambda: _close_exchange(exchange, ledger, clock))
         return response
 
@@ -97,14 +109,8 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
 
     @app.after_request
     def tell_rate(response: Response) -> Response:
-        window = limiter.current_limit
-        if window is not None:
-            response.headers["X-RateLimit-Limit"] = str(window.limit.amount)
-            response.headers["X-RateLimit-Remaining"] = str(max(0, window.remaining))
-            response.headers["X-RateLimit-Reset"] = str(window.reset_at)
-            if window.breached:
-                wait_s = round(window.reset_at - time.time())  # the library rounds up, past the window at times
-                response.headers["Retry-After"] = str(min(max(1, wait_s), window.limit.get_expiry()))
+        # A request that was refused for its rate ended before `read_rate`.
+        response.headers.update(g.rate if "rate" in g else _read_rate(limiter))
         return response
 
     @app.errorhandler(Exception)
@@ -124,6 +130,7 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
             methods=["GET", "POST", "OPTIONS"],
             expose_headers=EXPOSED_HEADERS,
             max_age=600,
+            always_send=False,
         )
 
 
@@ -168,6 +175,44 @@ def _reason_phrase(status: int) -> str:
         return ""
 
 
+def _account_for_everything(
+    wsgi: Callable[..., Iterable[bytes]], ledger: Ledger, clock: Callable[[], float]
+) -> Callable[..., Iterable[bytes]]:
+    """Count a request even if the framework itself failed and no hook saw its response."""
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        try:
+            return wsgi(environ, start_response)
+        finally:
+            exchange: Exchange | None = environ.get(_EXCHANGE)
+            if exchange is not None and not exchange.is_followed:
+                exchange.status = exchange.status or 500
+                _close_exchange(exchange, ledger, clock)
+
+    return application
+
+
+def _read_rate(limiter: Limiter) -> dict[str, str]:
+    """The headers that tell a client its rate; none if no limit applies, or its storage does not answer."""
+    window = limiter.current_limit
+    if window is None:
+        return {}
+    try:
+        remaining, reset_at = max(0, window.remaining), window.reset_at
+    except Exception as error:  # each storage has errors of its own; a header is not worth an answer
+        log.warning("the rate limit's storage does not answer: %r", error)
+        return {}
+    headers = {
+        "X-RateLimit-Limit": str(window.limit.amount),
+        "X-RateLimit-Remaining": str(remaining),
+        "X-RateLimit-Reset": str(reset_at),
+    }
+    if window.breached:
+        wait_s = round(reset_at - time.time())  # the library rounds up, past the window at times
+        headers["Retry-After"] = str(min(max(1, wait_s), window.limit.get_expiry()))
+    return headers
+
+
 def _show_error(error: Exception) -> Response:
     web_error = as_web_error(error)
     exchange: Exchange = g.exchange
@@ -177,7 +222,23 @@ def _show_error(error: Exception) -> Response:
         # What the service raises it has logged itself; anything else is a fault of ours and comes with its traceback.
         cause = None if isinstance(error, ServiceError) else error
         log.error("%s %s failed: %r", exchange.method, exchange.path, error, exc_info=cause)
-    return error_response(web_error, exchange.request_id)
+    if request.method == "POST" and request.path in ("/avibe", "/avision") and "form_fields" not in g:
+        _keep_what_was_typed(web_error)
+    try:
+        return error_response(web_error, exchange.request_id)
+    except Exception:
+        log.exception("the error itself could not be shown")
+        return Response(f"{web_error.code}: {web_error.message}", status=web_error.status, mimetype="text/plain")
+
+
+def _keep_what_was_typed(error: WebError) -> None:
+    """A form that was refused before it was read, for its rate, is read now, so that the page can show it again."""
+    if error.status in (413, 415):
+        return
+    try:
+        bodies.read_form()
+    except (HTTPException, WebError) as unreadable:
+        log.info("the refused form could not be read: %r", unreadable)
 
 
 def client_key() -> str:
@@ -201,7 +262,7 @@ def _make_limiter(app: Flask, settings: Settings) -> Limiter:
         application_limits=[settings.rate_limit] if settings.rate_limit else [],
         storage_uri=settings.rate_limit_storage_uri,
         strategy="moving-window",
-        # If Redis is away, this process counts for itself: still limited, and nobody gets a 500 for it.
+        # If Redis is away, this process counts for itself, and each door by itself: a looser limit, but a limit.
         in_memory_fallback=[settings.rate_limit] if settings.rate_limit else [],
         in_memory_fallback_enabled=bool(settings.rate_limit),
         enabled=bool(settings.rate_limit),

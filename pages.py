@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from flask import Flask, current_app, g, render_template, request, url_for
+from flask import Flask, current_app, g, render_template, request
 
 from config import VERSION, Limits
 from models.schemas import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE, MODEL_NAMES, Completion, ModelName
@@ -154,9 +154,12 @@ def _context() -> dict[str, Any]:
 
 
 def _static_url(path: str) -> str:
-    """With a fingerprint, so that browsers may keep the file for good and still get the next version."""
+    """With a fingerprint, so that browsers may keep the file and still get the next version.
+
+    Not by `url_for`, which fails for requests whose Host header is nonsense; error pages must not.
+    """
     extension: _Pages = current_app.extensions["avito_pages"]
-    return url_for("static", filename=path, v=extension.fingerprints[path])
+    return f"{current_app.static_url_path}/{path}?v={extension.fingerprints[path]}"
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Response, jsonify, request
-from werkzeug.exceptions import ClientDisconnected, HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 import pages
 from models.errors import ServiceError
@@ -60,6 +60,10 @@ class WebError(Exception):
         self.status = STATUS_BY_CODE[code]
 
 
+class BodyTooLarge(RequestEntityTooLarge):
+    """More bytes than allowed, which is not the same as more form parts than allowed."""
+
+
 def as_web_error(error: Exception) -> WebError:
     """Any exception as something that may be shown. What is not ours becomes `internal_error` without details."""
     if isinstance(error, WebError):
@@ -80,9 +84,9 @@ def _from_http_exception(error: HTTPException, status: int) -> WebError:
     if code == "method_not_allowed":
         return WebError(code, f"{request.method} is not allowed here, only {headers.get('Allow')}", headers=headers)
     if code == "payload_too_large":
-        limit, length = request.max_content_length or 0, request.content_length
-        if length is not None and length <= limit:
+        if not isinstance(error, BodyTooLarge):
             return WebError(code, f"form: at most {request.max_form_parts} parts, got more")
+        limit, length = request.max_content_length or 0, request.content_length
         return WebError(code, f"body: at most {limit} bytes, got {'more' if length is None else f'{length} bytes'}")
     if code == "rate_limited":
         return WebError(code, f"at most {error.description} for one client", headers=headers)

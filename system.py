@@ -6,12 +6,16 @@ NVML numbers cards by itself and ignores `CUDA_VISIBLE_DEVICES`, so the card is 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 from config import PROJECT_ROOT
+
+_READING_LIFE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,27 +40,43 @@ class GpuReading:
 
     name: str
     uuid: str
-    utilization_percent: float
     memory_used_bytes: int
     memory_total_bytes: int
-    temperature_celsius: float
-    power_watts: float
+    utilization_percent: float | None
+    temperature_celsius: float | None
+    power_watts: float | None
 
 
-def read_system() -> SystemReading:
-    """CPU use is the mean since the previous call of any thread; the first call of a process gives 0."""
-    memory = psutil.virtual_memory()
-    disk = psutil.disk_usage(str(PROJECT_ROOT))
-    return SystemReading(
-        cpu_percent=psutil.cpu_percent(interval=None),
-        memory_percent=memory.percent,
-        memory_used_bytes=memory.used,
-        memory_total_bytes=memory.total,
-        process_memory_bytes=psutil.Process().memory_info().rss,
-        disk_percent=disk.percent,
-        disk_free_bytes=disk.free,
-        load_average_1m=psutil.getloadavg()[0],
-    )
+class SystemReader:
+    """Reads the machine at most once a second, so that CPU use is a mean over some time whoever asks. Any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._process = psutil.Process()
+        psutil.cpu_percent(interval=None)  # psutil measures since the previous call: this is the first
+        self._reading: SystemReading | None = None
+        self._read_at = 0.0
+
+    def read(self) -> SystemReading:
+        with self._lock:
+            if self._reading is None or self._clock() - self._read_at >= _READING_LIFE_S:
+                self._reading, self._read_at = self._read(), self._clock()
+            return self._reading
+
+    def _read(self) -> SystemReading:
+        memory = psutil.virtual_memory()
+        disk = psutil.disk_usage(str(PROJECT_ROOT))
+        return SystemReading(
+            cpu_percent=psutil.cpu_percent(interval=None),
+            memory_percent=memory.percent,
+            memory_used_bytes=memory.used,
+            memory_total_bytes=memory.total,
+            process_memory_bytes=self._process.memory_info().rss,
+            disk_percent=disk.percent,
+            disk_free_bytes=disk.free,
+            load_average_1m=psutil.getloadavg()[0],
+        )
 
 
 class GpuReader:
@@ -78,17 +98,25 @@ class GpuReader:
             try:
                 handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
                 memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-                return GpuReading(
-                    name=_text(nvml.nvmlDeviceGetName(handle)),
-                    uuid=uuid,
-                    utilization_percent=float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-                    memory_used_bytes=int(memory.used),
-                    memory_total_bytes=int(memory.total),
-                    temperature_celsius=float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-                    power_watts=nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-                )
+                name = _text(nvml.nvmlDeviceGetName(handle))
             except nvml.NVMLError:
                 return None
+
+            def optional(read: Callable[[], float]) -> float | None:
+                try:
+                    return float(read())
+                except nvml.NVMLError:  # a slice of a card (MIG, vGPU) has no such reading of its own
+                    return None
+
+            return GpuReading(
+                name=name,
+                uuid=uuid,
+                memory_used_bytes=int(memory.used),
+                memory_total_bytes=int(memory.total),
+                utilization_percent=optional(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+                temperature_celsius=optional(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+                power_watts=optional(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+            )
 
     def _open(self) -> Any:
         if self._nvml is None and not self._is_missing:

@@ -58,7 +58,9 @@ class Watchdog:
                 why = "its loop has ended"
             else:
                 why = f"no step for {snapshot.stalled_s:.1f} s while requests are pending"
-            log.critical("the engine is lost: %s; ending this worker. Threads:\n%s", why, dump_threads())
+            log.critical("the engine is lost: %s; ending this worker. Threads:", why)
+            for line in dump_threads().splitlines():  # a record each, because the log escapes line ends
+                log.critical("%s", line)
             self._service.fail_open_requests("the engine was lost; a new one is on its way")
             time.sleep(self._farewell_s)
             self._end(EXIT_CODE)

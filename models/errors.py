@@ -17,7 +17,7 @@ ServiceError                      code                   seen by the client as
 The status codes stand in one table, `responses.STATUS_BY_CODE`; this layer knows no HTTP. A message names the
 field, the limit and the value, and for texts and pictures their size, never their content.
 
-SnapshotError is for the operator at start; RequestCancelled and EngineDead never reach a client as such.
+SnapshotError and LoadError are for the operator; RequestCancelled and EngineDead never reach a client as such.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ class InternalError(ServiceError):
 
 class SnapshotError(Exception):
     """A model folder that cannot be used; the message is one sentence for the operator and names the path."""
+
+
+class LoadError(Exception):
+    """A model that cannot be loaded, for a reason that may be shown: one sentence without paths."""
 
 
 class RequestCancelled(Exception):

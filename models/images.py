@@ -114,6 +114,8 @@ def decode(data: bytes, header: ImageHeader, *, field: str) -> Image.Image:
     """
     try:
         with _OPENERS[header.format](io.BytesIO(data)) as picture:
+            if picture.width > header.width or picture.height > header.height:
+                raise ValueError("the decoder sees a larger picture than the header check did")
             picture.load()
             return _to_rgb(ImageOps.exif_transpose(picture))
     except _BROKEN as error:
@@ -185,31 +187,31 @@ def _read_size(kind: ImageFormat, data: bytes, field: str, limits: Limits) -> tu
 
 
 def _webp_size(data: bytes, max_frames: int) -> tuple[int, int, int]:
-    """From the container's chunks (RFC 9649): VP8X canvas, VP8 key frame header, or VP8L header."""
-    width = height = 0
-    num_frames = 0
-    offset = 12
+    """From the container's first chunk (RFC 9649): VP8X canvas, VP8 key frame header, or VP8L header.
+
+    Only the first counts, as for libwebp: what follows a VP8 or VP8L chunk is not looked at.
+    """
+    tag, body = data[12:16], data[20:36]
+    if tag == b"VP8X":
+        width = int.from_bytes(body[4:7], "little") + 1
+        height = int.from_bytes(body[7:10], "little") + 1
+        return width, height, max(1, _webp_frames(data, max_frames))
+    if tag == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        width, height = (int.from_bytes(body[i : i + 2], "little") & 0x3FFF for i in (6, 8))
+        return width, height, 1
+    if tag == b"VP8L" and body[0] == 0x2F:
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1, 1
+    raise ValueError("no size")
+
+
+def _webp_frames(data: bytes, max_frames: int) -> int:
+    num_frames, offset = 0, 12
     while offset + 8 <= len(data) and num_frames <= max_frames:
-        tag, size = data[offset : offset + 4], int.from_bytes(data[offset + 4 : offset + 8], "little")
-        body = data[offset + 8 : offset + 8 + 16]
-        if tag == b"VP8X":
-            width = int.from_bytes(body[4:7], "little") + 1
-            height = int.from_bytes(body[7:10], "little") + 1
-        elif tag == b"ANMF":
-            num_frames += 1
-        elif tag == b"VP8 " and not width:
-            if body[3:6] != b"\x9d\x01\x2a":
-                raise ValueError("no key frame")
-            width, height = (int.from_bytes(body[i : i + 2], "little") & 0x3FFF for i in (6, 8))
-        elif tag == b"VP8L" and not width:
-            bits = int.from_bytes(body[1:5], "little")
-            if body[0] != 0x2F:
-                raise ValueError("no VP8L signature")
-            width, height = (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
+        size = int.from_bytes(data[offset + 4 : offset + 8], "little")
+        num_frames += data[offset : offset + 4] == b"ANMF"
         offset += 8 + size + (size & 1)
-    if not width or not height:
-        raise ValueError("no size")
-    return width, height, max(1, num_frames)
+    return num_frames
 
 
 def _gif_size(data: bytes, max_frames: int) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from config import Limits
 from models.engine.loop import Runner
 from models.engine.runner import TransformersRunner
 from models.engine.sequence import SamplingOptions, Sequence
+from models.errors import LoadError
 from models.prompts import PromptEncoder, TextTokenizer
 from models.snapshots import Snapshot
 
@@ -32,30 +33,27 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can serve. `memory_bytes` and `parameters` are those of the weights."""
+    """A model that can serve. `gpu_uuid` as NVML writes it; None on a CPU."""
 
     encoder: PromptEncoder
     runner: Runner
     device: str
     dtype: str
-    architecture: str
-    parameters: int
-    memory_bytes: int
     gpu_uuid: str | None
 
 
 def pick_device(setting: str) -> torch.device:
     """`auto` takes CUDA if there is a card.
 
-    :raise ValueError: a card was asked for that torch does not see.
+    :raise LoadError: a card was asked for that torch does not see.
     """
     if setting == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch.device(setting)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"AVITO_DEVICE={setting}, but torch sees no CUDA device")
+        raise LoadError(f"AVITO_DEVICE={setting}, but torch sees no CUDA device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"AVITO_DEVICE={setting}, but torch sees {torch.cuda.device_count()} CUDA devices")
+        raise LoadError(f"AVITO_DEVICE={setting}, but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -93,18 +91,24 @@ def load_model(
             use_safetensors=True,
             **local,
         ).eval()
-    encoder = _make_encoder(tokenizer, model, processor, limits)
+    with phase("encoder"):
+        encoder = _make_encoder(tokenizer, model, processor, limits)
     runner = TransformersRunner(model, limits.prefill_chunk_tokens)
     with phase("warm-up"):
         _warm_up(runner, encoder)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.info(
+        "%s: %s, %.2f billion parameters, %.2f GB of weights",
+        snapshot.model,
+        type(model).__name__,
+        num_parameters / 1e9,
+        model.get_memory_footprint() / 1e9,
+    )
     return LoadedModel(
         encoder=encoder,
         runner=runner,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        architecture=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters()),
-        memory_bytes=model.get_memory_footprint(),
         gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None,
     )
 

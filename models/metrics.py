@@ -66,17 +66,23 @@ class ModelMetrics:
         )
         self.model_ready = Gauge("avito_model_ready", "1 if the model can serve.", model, registry=registry)
 
-        self._marks: dict[tuple[str, str], float] = {}
+        self._marks: dict[Counter, float] = {}
 
-    def value(self, sample: str, model: str) -> float:
-        """The current value of one sample, 0 if it has not been touched."""
-        return self.registry.get_sample_value(sample, {"model": model}) or 0.0
+        # Every series is there from the start, so that an alert on a rate sees the first event too.
+        for name in MODEL_NAMES:
+            for counter in (self.prompt_tokens, self.generation_tokens, self.numeric_errors):
+                counter.labels(name)
+            for histogram in (self.time_to_first_token, self.time_per_output_token, self.queue_time, self.total_time):
+                histogram.labels(name)
 
     def mark(self) -> None:
         """Let `since_mark` count from now on. The counters themselves never go back."""
-        for sample in ("avito_generation_tokens_total", "avito_prompt_tokens_total"):
-            for model in MODEL_NAMES:
-                self._marks[sample, model] = self.value(sample, model)
+        self._marks = {counter: total(counter) for counter in (self.generation_tokens, self.prompt_tokens)}
 
-    def since_mark(self, sample: str, model: str) -> int:
-        return round(self.value(sample, model) - self._marks.get((sample, model), 0.0))
+    def since_mark(self, counter: Counter) -> int:
+        return round(total(counter) - self._marks.get(counter, 0.0))
+
+
+def total(counter: Counter) -> float:
+    """The sum of a counter over its labels."""
+    return sum(s.value for family in counter.collect() for s in family.samples if s.name.endswith("_total"))

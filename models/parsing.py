@@ -96,7 +96,7 @@ class RequestParser:
 
     def _image_request(self, fields: Mapping[str, Any], pictures: Sequence[tuple[str, bytes, str]]) -> ImageRequest:
         images = tuple(
-            ImageInput(data, read_header(data, declared_type=declared, field=field, limits=self.limits))
+            ImageInput(data, read_header(data, declared_type=declared, field=field, limits=self.limits), field)
             for field, data, declared in pictures
         )
         return ImageRequest(_messages(fields), images, _sampling(fields))
@@ -229,9 +229,13 @@ def _body_model(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
     return cast(type[BaseModel], create_model(name, __config__=config, **cast(Any, dict(fields))))
 
 
-def _validate(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+def _validate(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+    # Before Pydantic, which would make an error object for each of a million unknown fields.
+    for name in fields:
+        if name not in model.model_fields:
+            raise UnknownField(f"{_shown_name(name)}: no such field", field=_shown_name(name))
     try:
-        return dict(model.model_validate(fields))
+        return dict(model.model_validate(fields, strict=strict))
     except ValidationError as error:
         raise _as_service_error(error) from None
 
@@ -240,7 +244,7 @@ def _validate_form(model: type[BaseModel], fields: Iterable[tuple[str, str]]) ->
     """Form values are strings. An empty one, which is what a browser sends for an empty input, counts as absent."""
     given: dict[str, str | list[str]] = {}
     for name, value in fields:
-        if name == "stop":
+        if name == "stop" and value:
             cast("list[str]", given.setdefault("stop", [])).append(value)
         elif name in given:
             raise InvalidRequest(f"{_shown_name(name)}: is given more than once", field=_shown_name(name))
@@ -249,10 +253,7 @@ def _validate_form(model: type[BaseModel], fields: Iterable[tuple[str, str]]) ->
             given[name] = value.replace("\r\n", "\n")
         elif value != "" or name not in model.model_fields:
             given[name] = value
-    try:
-        return dict(model.model_validate(given, strict=False))
-    except ValidationError as error:
-        raise _as_service_error(error) from None
+    return _validate(model, given, strict=False)
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -319,23 +320,20 @@ _BOUND_WORDS = {
 
 
 def _as_service_error(error: ValidationError) -> ServiceError:
-    """The first mistake as one sentence. An unknown field goes first: it is often the cause of the others."""
-    details = error.errors(include_url=False)
-    detail = min(details, key=lambda d: d["type"] != "extra_forbidden")
+    """The first mistake as one sentence."""
+    detail = error.errors(include_url=False)[0]
     kind, context = detail["type"], detail.get("ctx", {})
     path = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in detail["loc"])
     field = _shown_name(path)
     value = detail["input"]
-    if kind == "extra_forbidden":
-        return UnknownField(f"{field}: no such field", field=field)
     if kind == "missing":
         return InvalidRequest(f"{field}: is required", field=field)
     if kind in _BOUND_WORDS:
         words, key = _BOUND_WORDS[kind]
         return InvalidRequest(f"{field}: must be {words} {context[key]:g}, got {_shown_number(value)}", field=field)
     if kind in ("string_too_short", "string_too_long", "too_short", "too_long"):
-        unit = "characters" if kind.startswith("string") else "items"
         words, key = ("at least", "min_length") if kind.endswith("short") else ("at most", "max_length")
+        unit = ("character" if kind.startswith("string") else "item") + ("" if context[key] == 1 else "s")
         return InvalidRequest(f"{field}: must have {words} {context[key]} {unit}, got {len(value)}", field=field)
     if kind in _TYPE_WORDS:
         given = "text" if isinstance(value, str) else _json_type(value)

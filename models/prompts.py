@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,12 @@ from tokenizers import Tokenizer
 from config import Limits
 from models.engine.runner import VisionInputs
 from models.engine.sequence import SamplingOptions
-from models.errors import InternalError, PromptTooLong
+from models.errors import InternalError, LoadError, PromptTooLong
 from models.images import decode
 from models.schemas import ImageRequest, Message, SamplingParams, TextRequest
+
+# Every letter a user is likely to type, and none that a normalizer would change.
+_PROBE = "Plain text 0123456789, простой текст: ёжик! 漢字 🎉"
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,19 @@ class TextTokenizer:
     """Encodes trusted template text and untrusted content apart; decodes answers. Any thread may call it.
 
     :param tokenizer: a fast tokenizer of transformers with a chat template.
-    :raise ValueError: it is not a fast one, or has no chat template.
+    :raise LoadError: it is not a fast byte-level BPE, or has no chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("the tokenizer must be a fast one (tokenizer.json)")
+            raise LoadError("the tokenizer must be a fast one (tokenizer.json)")
         if not tokenizer.chat_template:
-            raise ValueError("the snapshot has no chat template")
+            raise LoadError("the snapshot has no chat template")
         self._tokenizer = tokenizer
         self._template: Tokenizer = tokenizer.backend_tokenizer
+        # A tokenizer.json may carry settings of its training, which would cut prompts silently.
+        self._template.no_truncation()
+        self._template.no_padding()
         self._content, self._added_ids = _without_added_vocabulary(self._template)
 
     def encode_chat(self, messages: tuple[Message, ...], num_images: int = 0) -> list[int]:
@@ -87,22 +94,30 @@ class TextTokenizer:
 def _without_added_vocabulary(tokenizer: Tokenizer) -> tuple[Tokenizer, frozenset[int]]:
     """A copy of a tokenizer that cannot make an added token, and the ids that it must never make.
 
-    An added token usually stands in the base vocabulary too, so it goes from there as well, unless a merge needs it.
+    An added token may stand in the base vocabulary and its merges too; it goes from there as well, so that a word
+    which happens to be one is made of smaller pieces.
+
+    :raise LoadError: not a BPE tokenizer, or without its added tokens it cannot encode plain text.
     """
     state = json.loads(tokenizer.to_str())
+    model = state["model"]
+    if model.get("type") != "BPE":
+        raise LoadError(f"the tokenizer must be a byte-level BPE, got {model.get('type')}")
     added = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
     state["added_tokens"] = []
     state["post_processor"] = None
-    model = state["model"]
-    vocabulary = model.get("vocab")
-    if model.get("type") == "BPE" and isinstance(vocabulary, dict):
-        merged = {part for merge in model["merges"] for part in (merge.split(" ") if isinstance(merge, str) else merge)}
-        for content in added:
-            if content not in merged:
-                vocabulary.pop(content, None)
-        if model.get("unk_token") in added:
-            model["unk_token"] = None
-    return Tokenizer.from_str(json.dumps(state)), frozenset(added.values())
+    vocabulary = {token: token_id for token, token_id in model["vocab"].items() if token not in added}
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    model["merges"] = [[a, b] for a, b in merges if a in vocabulary and b in vocabulary and a + b in vocabulary]
+    model["vocab"] = vocabulary
+    if model.get("unk_token") in added:
+        model["unk_token"] = None
+    content = Tokenizer.from_str(json.dumps(state))
+    content.no_truncation()
+    content.no_padding()
+    if content.decode(content.encode(_PROBE, add_special_tokens=False).ids).strip() != _PROBE:
+        raise LoadError("the tokenizer loses plain text once its added tokens are taken away")
+    return content, frozenset(added.values())
 
 
 class PromptEncoder:
@@ -133,15 +148,16 @@ class PromptEncoder:
         self._image_token_id = image_token_id
         self._decode_slots = threading.BoundedSemaphore(limits.max_concurrent_decodes)
 
-    def encode(self, request: TextRequest | ImageRequest) -> EncodedPrompt:
-        """:raise PromptTooLong: prompt and `max_tokens` together exceed the context.
+    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> EncodedPrompt:
+        """:param check: called before and while waiting for each costly step; raises if the request has ended.
+        :raise PromptTooLong: prompt and `max_tokens` together exceed the context.
         :raise InvalidImage: the pixels of a picture are truncated or broken.
         """
         if isinstance(request, TextRequest):
             ids = self.tokenizer.encode_chat(request.messages)
             self._check_length(len(ids), request.sampling.max_tokens)
             return EncodedPrompt(tuple(ids))
-        return self._encode_pictures(request)
+        return self._encode_pictures(request, check)
 
     def sampling_options(self, params: SamplingParams) -> SamplingOptions:
         """A request's wishes, then the snapshot's defaults, then none; a fresh seed if none was given."""
@@ -159,16 +175,15 @@ class PromptEncoder:
             stop_ids=self._stop_ids,
         )
 
-    def _encode_pictures(self, request: ImageRequest) -> EncodedPrompt:
+    def _encode_pictures(self, request: ImageRequest, check: Callable[[], None]) -> EncodedPrompt:
         ids = self.tokenizer.encode_chat(request.messages, num_images=len(request.images))
         expected = [self._visual_tokens(image.header.height, image.header.width) for image in request.images]
         # From the headers alone, before any picture is decoded.
         self._check_length(len(ids) - len(expected) + sum(expected), request.sampling.max_tokens)
         grids, patches = [], []
-        for index, image in enumerate(request.images):
-            with self._decode_slots:
-                field = "image" if len(request.images) == 1 else f"images[{index}]"
-                picture = decode(image.data, image.header, field=field)
+        for image in request.images:
+            with self._decode_slot(check):
+                picture = decode(image.data, image.header, field=image.field)
                 features = self._processor(images=[picture], return_tensors="pt")
             patches.append(features["pixel_values"])
             grids.append(features["image_grid_thw"])
@@ -178,6 +193,17 @@ class PromptEncoder:
         self._check_length(len(expanded), request.sampling.max_tokens)
         assert self._image_token_id is not None
         return EncodedPrompt(tuple(expanded), VisionInputs(torch.cat(patches), grid, self._image_token_id))
+
+    @contextmanager
+    def _decode_slot(self, check: Callable[[], None]) -> Iterator[None]:
+        while True:
+            check()
+            if self._decode_slots.acquire(timeout=self._limits.client_check_interval_s):
+                break
+        try:
+            yield
+        finally:
+            self._decode_slots.release()
 
     def _visual_tokens(self, height: int, width: int) -> int:
         """About (height / 28) * (width / 28) after scaling, by the library's own formula. The EXIF orientation may

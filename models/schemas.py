@@ -42,10 +42,11 @@ class Message:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A picture that passed its header checks: the encoded bytes, not yet decoded."""
+    """A picture that passed its header checks: the encoded bytes, not yet decoded; `field` is its name in messages."""
 
     data: bytes
     header: ImageHeader
+    field: str = "image"
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ from models.errors import (
     DeadlineExceeded,
     EngineDead,
     InternalError,
+    LoadError,
     ModelNotConfigured,
     NotReady,
     NumericError,
     QueueFull,
+    RequestCancelled,
     ServiceError,
 )
 from models.metrics import ModelMetrics
@@ -48,7 +50,7 @@ _DEFAULT_RETRY_S = 5
 class Encoder(Protocol):
     """What the service needs of `prompts.PromptEncoder`."""
 
-    def encode(self, request: TextRequest | ImageRequest) -> Encoded: ...
+    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> Encoded: ...
     def sampling_options(self, params: SamplingParams) -> SamplingOptions: ...
     @property
     def tokenizer(self) -> Decoder: ...
@@ -190,7 +192,7 @@ class ModelService:
         log.info("draining: ready answers 503 from now on, requests are still answered")
 
     def stop(self, timeout_s: float) -> None:
-        """End the engine after the current step. Requests that are still open end as cancelled."""
+        """End the engine after the current step. Requests that are still open are answered `internal_error`."""
         self._loop.stop(timeout_s)
         self.fail_open_requests("the service was stopped")
 
@@ -209,15 +211,23 @@ class ModelService:
         if model not in self._slots:
             raise ModelNotConfigured(f"model {model}: is not configured on this server")
 
-    def submit(self, request: TextRequest | ImageRequest, *, request_id: str, received_at: float) -> Channel:
+    def submit(
+        self,
+        request: TextRequest | ImageRequest,
+        *,
+        request_id: str,
+        received_at: float,
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> Channel:
         """Admit a request; its channel gets deltas and exactly one end.
 
         :param received_at: monotonic time of the request's first byte, from which the deadline counts.
+        :param is_abandoned: whether nobody waits any more; asked now and then while the prompt is encoded.
         :raise ModelNotConfigured: the operator did not set this model up.
         :raise NotReady: it is loading or failed, or the engine has ended.
         :raise QueueFull: all places are taken; `retry_after_s` is computed from the measured drain rate.
         :raise PromptTooLong, InvalidImage: see `PromptEncoder.encode`; the place is given back.
-        :raise DeadlineExceeded: encoding took too long; the place is given back.
+        :raise DeadlineExceeded, RequestCancelled: while it was encoded; the place is given back.
         """
         with self._lock:
             slot = self._admit(request.model)
@@ -225,7 +235,7 @@ class ModelService:
         assert slot.loaded is not None
         entry = _Request(self, request, slot, request_id=request_id, received_at=received_at)
         try:
-            entry.start(slot.loaded.encoder)
+            entry.start(slot.loaded.encoder, is_abandoned)
         except BaseException:
             self._give_back(entry)
             raise
@@ -342,11 +352,11 @@ class ModelService:
                 )
             except Exception as error:  # the libraries raise anything; the other model still gets its chance
                 log.exception("%s: loading failed", name)
+                what = str(error) if isinstance(error, LoadError) else f"{type(error).__name__}; the log has the rest"
                 with self._lock:
                     slot.state = "failed"
-                    slot.failure = (
-                        f"loading failed in phase {slot.phase} ({type(error).__name__}); the log has the rest"
-                    )
+                    slot.failure = f"loading failed in phase {slot.phase}: {what}"
+                    slot.phase = None
                 continue
             finally:
                 timer.cancel()
@@ -415,11 +425,17 @@ class _Request:
         self._stops = StopStrings(request.sampling.stop)
         self._sequence: Sequence | None = None
 
-    def start(self, encoder: Encoder) -> None:
+    def start(self, encoder: Encoder, is_abandoned: Callable[[], bool]) -> None:
         service, request = self._service, self._request
-        prompt = encoder.encode(request)
-        if service.clock() >= self._deadline:
-            raise self._expired()
+
+        def check() -> None:
+            if is_abandoned():
+                raise RequestCancelled
+            if service.clock() >= self._deadline:
+                raise self._expired()
+
+        prompt = encoder.encode(request, check)
+        check()
         self._detokenizer = Detokenizer(encoder.tokenizer.decode)
         self.channel.input_tokens = len(prompt.ids)
         self._sequence = Sequence(

@@ -39,19 +39,28 @@ def find_snapshots(settings: Settings) -> dict[ModelName, Snapshot]:
     :raise SnapshotError: none is configured, a path is missing or ambiguous, a file is missing or broken, or
         production was given an embedded model without AVITO_ALLOW_DEMO.
     """
+    wanted: list[tuple[ModelName, str, str, DType]] = [
+        ("avibe", settings.avibe_model_path, settings.avibe_tokenizer_path, settings.avibe_dtype),
+        ("avision", settings.avision_model_path, "", settings.avision_dtype),
+    ]
     found: dict[ModelName, Snapshot] = {}
-    if settings.avibe_model_path:
-        found["avibe"] = _check("avibe", settings.avibe_model_path, settings.avibe_tokenizer_path, settings.avibe_dtype)
-    if settings.avision_model_path:
-        found["avision"] = _check("avision", settings.avision_model_path, "", settings.avision_dtype)
-    if not found:
-        raise SnapshotError("no model is configured: set AVIBE_MODEL_PATH or AVISION_MODEL_PATH")
-    for snapshot in found.values():
-        if snapshot.is_demo and settings.env == "production" and not settings.allow_demo:
-            raise SnapshotError(
-                f"{snapshot.model.upper()}_MODEL_PATH: {snapshot.folder} is an embedded demo model, which "
-                "AVITO_ENV=production refuses unless AVITO_ALLOW_DEMO=true"
-            )
+    mistakes: list[str] = []
+    for model, path, tokenizer_path, dtype in wanted:
+        if path:
+            try:
+                found[model] = _check(model, path, tokenizer_path, dtype)
+            except SnapshotError as error:
+                mistakes.append(str(error))
+    mistakes += [
+        f"{snapshot.model.upper()}_MODEL_PATH: {snapshot.folder} is an embedded demo model, which "
+        "AVITO_ENV=production refuses unless AVITO_ALLOW_DEMO=true"
+        for snapshot in found.values()
+        if snapshot.is_demo and settings.env == "production" and not settings.allow_demo
+    ]
+    if not found and not mistakes:
+        mistakes.append("no model is configured: set AVIBE_MODEL_PATH or AVISION_MODEL_PATH")
+    if mistakes:
+        raise SnapshotError("; ".join(mistakes))
     return found
 
 
@@ -116,7 +125,10 @@ def _check(model: ModelName, path: str, tokenizer_path: str, dtype: DType) -> Sn
 def _check_weights(folder: Path, setting: str) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(_read_json(index, setting).get("weight_map", {}).values()))
+        weight_map = _read_json(index, setting).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise SnapshotError(f"{setting}: {index} must hold a weight_map of file names")
+        shards = sorted(set(weight_map.values()))
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing or not shards:
             raise SnapshotError(

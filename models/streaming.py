@@ -14,6 +14,9 @@ from models.errors import ServiceError
 from models.schemas import Completion, Timing
 
 _REPLACEMENT = "\ufffd"
+# Ids that may wait for their character to be completed. Bytes that never become one must not be decoded again and
+# again in the engine's thread.
+_MAX_PENDING_IDS = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Detokenizer:
         self._ids.append(token_id)
         before = self._decode(self._ids[self._start : self._read])
         now = self._decode(self._ids[self._start :])
-        if len(now) <= len(before) or now.endswith(_REPLACEMENT):
+        is_whole = len(now) > len(before) and not now.endswith(_REPLACEMENT)
+        if not is_whole and len(self._ids) - self._read < _MAX_PENDING_IDS:
             return ""
         self._start, self._read = self._read, len(self._ids)
         return now[len(before) :]

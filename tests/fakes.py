@@ -45,7 +45,8 @@ class FakeEncoder:
         self.tokenizer = ByteTokenizer()
         self.context_tokens = context_tokens
 
-    def encode(self, request: TextRequest | ImageRequest) -> FakePrompt:
+    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> FakePrompt:
+        check()
         ids = tuple(self.tokenizer.encode(request.messages[-1].content))
         if len(ids) + request.sampling.max_tokens > self.context_tokens:
             raise PromptTooLong("prompt: too many tokens", field="prompt")

@@ -106,6 +106,24 @@ def test_form_with_too_many_parts_is_too_large(client: FlaskClient) -> None:
     assert "32 parts" in error["message"]
 
 
+def test_form_of_countless_fields_is_refused_before_it_is_parsed(client: FlaskClient) -> None:
+    response = client.post("/avibe", data=b"%x=&" * 1_000_000, content_type="application/x-www-form-urlencoded")
+    assert response.status_code == 413
+    assert "32 parts" in response.get_data(as_text=True)
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])
+def test_malformed_form_is_told(client: FlaskClient, content_type: str) -> None:
+    error = assert_error(client.post(IMAGE, data=b"--x\r\nnonsense", content_type=content_type), "invalid_request")
+    assert "well-formed form" in error["message"]
+
+
+def test_unknown_fields_cost_nothing_however_many(client: FlaskClient) -> None:
+    body = {"prompt": "a"} | {f"x{i}": 0 for i in range(200_000)}
+    assert_error(post_json(client, TEXT, body), "unknown_field", "x0")
+    assert_error(post_json(client, TEXT, {"prompt": "a", "stop": [1] * 200_000}), "invalid_request", "stop")
+
+
 @pytest.mark.parametrize("given", ["abc", "A-b_c.9", "x" * 64])
 def test_clients_request_id_is_kept_if_it_is_clean(client: FlaskClient, given: str) -> None:
     assert post_json(client, TEXT, {"prompt": "a"}, **{"X-Request-ID": given}).get_json()["request_id"] == given

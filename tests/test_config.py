@@ -64,7 +64,7 @@ def test_other_names_are_left_alone() -> None:
 def test_secrets_are_masked_in_mistakes_output_and_repr() -> None:
     assert "short" not in " ".join(mistakes(AVITO_OPS_TOKEN="short"))
     token = "correct-horse-battery"
-    uri = "redis://user:hunter2@localhost:6379"
+    uri = "redis://user:hunter2/x@localhost:6379"
     settings = load_settings({"AVITO_OPS_TOKEN": token, "AVITO_RATE_LIMIT_STORAGE_URI": uri}, env_file=None)
     shown = "\n".join(display_value(settings, name) for name in setting_names().values())
     assert token not in shown and token not in repr(settings) and "hunter2" not in shown
@@ -76,9 +76,15 @@ def test_grace_must_cover_the_longest_request() -> None:
     load_settings({"AVITO_REQUEST_DEADLINE_S": "20", "AVITO_GRACE_S": "30"}, env_file=None)
     (mistake,) = mistakes(AVITO_REQUEST_DEADLINE_S="20", AVITO_GRACE_S="29.9")
     assert "= 30" in mistake and "29.9" in mistake
+    assert len(mistakes(AVITO_REQUEST_DEADLINE_S="500", AVITO_PORT="x", AVITO_NOPE="1")) == 3
 
 
-@pytest.mark.parametrize("value", ["*", "example.com", "https://x/path", "javascript:alert(1)"])
+def test_drain_time_needs_the_token_that_opens_the_drain() -> None:
+    assert "AVITO_OPS_TOKEN" in mistakes(AVITO_DRAIN_S="5")[0]
+    load_settings({"AVITO_DRAIN_S": "5", "AVITO_OPS_TOKEN": "x" * 16}, env_file=None)
+
+
+@pytest.mark.parametrize("value", ["*", "example.com", "https://x/path", "javascript:alert(1)", "http://[::1]:3000"])
 def test_origins_must_be_origins(value: str) -> None:
     assert "AVITO_CORS_ORIGINS" in mistakes(AVITO_CORS_ORIGINS=value)[0]
 
@@ -127,7 +133,15 @@ def test_command_prints_the_configuration_or_every_mistake(
 def test_server_refuses_a_bad_configuration_before_it_binds_the_port() -> None:
     """One sentence on stderr, no traceback, not zero."""
     environ = {**os.environ, "AVIBE_MODEL_PATH": "/nowhere", "AVISION_MODEL_PATH": "", "AVITO_PORT": "1"}
+    assert start_server(environ) == "configuration: AVIBE_MODEL_PATH: /nowhere is not a folder\n"
+    environ["AVITO_LOG_FILE"] = "/nowhere/x.log"
+    expected = "configuration: AVITO_LOG_FILE=/nowhere/x.log: cannot be written: No such file or directory\n"
+    assert start_server(environ) == expected
+
+
+def start_server(environ: dict[str, str]) -> str:
+    """What a server that must refuse to start says on stderr."""
     command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn_config.py"]
     result = subprocess.run(command, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
-    assert result.stderr == "configuration: AVIBE_MODEL_PATH: /nowhere is not a folder\n"
+    return result.stderr

@@ -183,6 +183,8 @@ def test_wrong_operator_token_is_unauthorized(make_app: Any, path: str, given: s
     [
         ("127.0.0.1", {}, {}, True),
         ("::1", {}, {}, True),
+        ("::ffff:127.0.0.1", {}, {}, True),
+        ("::ffff:10.0.0.1", {}, {}, False),
         ("10.0.0.1", {}, {}, False),
         ("127.0.0.1", {"X-Forwarded-For": "1.2.3.4"}, {}, False),
         ("127.0.0.1", {"Forwarded": "for=1.2.3.4"}, {}, False),

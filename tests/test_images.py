@@ -6,6 +6,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,6 +210,23 @@ def test_huge_picture_in_a_small_file_is_refused_without_memory(make: Any) -> No
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
+
+
+def test_second_size_in_a_file_does_not_hide_the_first() -> None:
+    """libwebp decodes what the first chunk says; a VP8X chunk behind it is not read."""
+    bits = (9000 - 1) | ((9000 - 1) << 14)
+    simple = b"VP8L" + struct.pack("<IB", 5, 0x2F) + struct.pack("<I", bits) + b"\0"
+    body = simple + webp_of_size(64, 64)[12:]
+    data = b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+    with pytest.raises(ImageTooLarge, match="9000x9000"):
+        header(data)
+
+
+def test_decoder_that_sees_more_than_the_header_is_stopped() -> None:
+    data = png(24, 16)
+    lied = replace(header(data), width=8)
+    with pytest.raises(InvalidImage, match="truncated or broken"):
+        decode(data, lied, field="image")
 
 
 def test_gif_of_countless_frames_is_refused_early() -> None:

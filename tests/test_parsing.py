@@ -124,7 +124,7 @@ def test_broken_json_is_a_clear_error(parser: RequestParser, body: bytes) -> Non
 def test_empty_form_field_counts_as_absent_but_an_empty_prompt_does_not(parser: RequestParser) -> None:
     fields = [("prompt", "hi"), ("max_tokens", ""), ("temperature", "")]
     assert parser.parse_text_form(fields).sampling.max_tokens == DEFAULT_MAX_TOKENS["avibe"]
-    with pytest.raises(InvalidRequest, match="prompt: must have at least 1 characters"):
+    with pytest.raises(InvalidRequest, match="prompt: must have at least 1 character"):
         parser.parse_text_form([("prompt", "")])
 
 
@@ -157,10 +157,11 @@ def encoded(data: bytes) -> str:
 
 def test_base64_and_data_url_give_the_same_picture(parser: RequestParser) -> None:
     data = png()
-    plain = image(parser, image=encoded(data)).images
-    assert plain == image(parser, image="data:image/png;base64," + encoded(data)).images
-    assert plain == image(parser, images=[" " + encoded(data)[:20] + "\r\n" + encoded(data)[20:]]).images
-    assert plain[0].data == data
+    spaced = " " + encoded(data)[:20] + "\r\n" + encoded(data)[20:]
+    for given in ({"image": encoded(data)}, {"image": "data:image/png;base64," + encoded(data)}, {"images": [spaced]}):
+        (picture,) = image(parser, **given).images
+        assert picture.data == data
+        assert picture.header.format == "PNG"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import GENEROUS_S
+from tests.fakes import GENEROUS_S, EchoRunner, FakeLoaded
+from tests.test_error_shape import TEXT
 from tests.test_middleware import ask
 
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
@@ -46,3 +47,18 @@ def test_count_is_shared_and_limits_go_on_without_redis(make_app: Any, redis: An
     process.kill()
     process.wait()
     assert [ask(first, peer="7.7.7.7") for _ in range(3)] == [200, 200, 429], "each application counts for itself"
+
+
+def test_answer_survives_redis_dying_while_it_is_made(make_app: Any, make_service: Any, redis: Any) -> None:
+    process, uri = redis
+
+    def kill(_: Any) -> None:
+        process.kill()
+        process.wait()
+
+    service = make_service({"avibe": FakeLoaded(EchoRunner(kill))})
+    app = make_app(service, AVITO_RATE_LIMIT="5/minute", AVITO_RATE_LIMIT_STORAGE_URI=uri)
+    response = app.test_client().post(TEXT, json={"prompt": "a"})
+    assert response.status_code == 200 and response.headers["X-Request-ID"]
+    application = app.test_client().get("/api/metrics").get_json()["application"]
+    assert (application["ok_requests"], application["open_requests"]) == (1, 0)

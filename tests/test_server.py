@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -30,7 +31,9 @@ MAX_BODY = 16 * 1024 * 1024
 class Server:
     """One Gunicorn on a free port of the loopback."""
 
-    def __init__(self, folder: Path, factory: str, settings: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, factory: str, settings: dict[str, str], limit: Callable[[], None] | None = None
+    ) -> None:
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -45,6 +48,7 @@ class Server:
                 env=environ,
                 stdout=out,
                 stderr=out,
+                preexec_fn=limit,
             )
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -121,10 +125,10 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
 def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def make(factory: str = "create()", **settings: Any) -> Server:
+    def make(factory: str = "create()", limit: Callable[[], None] | None = None, **settings: Any) -> Server:
         folder = tmp_path / str(len(servers))
         folder.mkdir()
-        servers.append(Server(folder, factory, {name: str(value) for name, value in settings.items()}))
+        servers.append(Server(folder, factory, {name: str(value) for name, value in settings.items()}, limit))
         return servers[-1]
 
     yield make
@@ -238,6 +242,80 @@ def test_twice_as_many_slow_clients_as_threads_do_not_shut_others_out(
             dripper.join()
         for client in slow:
             client.close()
+
+
+def test_sound_client_behind_slow_ones_gets_its_answer_however_long_that_takes(start: Any) -> None:
+    """Its request lies complete in the queue while the slow ones' time runs out, and its answer takes a while."""
+    server = start("create(step_s=0.01)", AVITO_THREADS=4, AVITO_READ_TIMEOUT_S=1).wait_ready()
+    slow = [server.connect() for _ in range(8)]
+    for client in slow:
+        client.sendall(SLOW[2])
+    threads, results = in_threads(4, lambda _: server.ask("x" * 60))
+    for thread in threads:
+        thread.join(GENEROUS_S)
+    assert [result and result[0] for result in results] == [200] * 4, results
+    for client in slow:
+        client.close()
+
+
+def test_time_in_the_servers_queue_counts_as_the_requests(start: Any) -> None:
+    """A request that waits for a thread is on its way already: its deadline and its times count from its first byte."""
+    server = start("create(step_s=0.01)", AVITO_THREADS=2).wait_ready()
+    started = time.monotonic()
+    busy, _ = in_threads(2, lambda _: server.ask("x" * 100))
+    late = server.ask("x" * 2)[1]
+    waited = time.monotonic() - started
+    for thread in busy:
+        thread.join(GENEROUS_S)
+    assert late["metrics"]["total_time"] > 0.7 * waited
+
+
+def test_server_without_file_descriptors_survives(start: Any) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+
+    server = start(limit=limit, AVITO_THREADS=4).wait_ready()
+    silent = [server.connect() for _ in range(400)]
+    for client in silent:
+        client.close()
+    server.wait(lambda: server.ask("hello")[0] == 200, "an answer")
+    assert server.process.poll() is None
+    assert "Worker exiting" not in server.log.read_text()
+
+
+def test_silent_connection_does_not_hold_a_stop_up(start: Any) -> None:
+    server = start(AVITO_READ_TIMEOUT_S=600).wait_ready()
+    with closing(server.connect()):
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/avibe", "/nothing"])
+@pytest.mark.parametrize("host", ["..", "x" * 300, "a b", "[::1", ""])
+def test_nonsense_host_is_answered_and_accounted_for(nonsense_server: Server, path: str, host: str) -> None:
+    with closing(nonsense_server.connect()) as client:
+        body = b"prompt=a"
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+        client.sendall(head.encode() + b"Content-Type: application/x-www-form-urlencoded\r\n\r\n" + body)
+        status, headers, _ = read_answer(client)
+    assert status < 500 and headers["x-request-id"], status
+    assert nonsense_server.application()["open_requests"] == 0
+
+
+@pytest.fixture(scope="module")
+def nonsense_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("nonsense"), "create()", {}).wait_ready()
+    yield server
+    server.process.kill()
+    server.process.wait(GENEROUS_S)
+
+
+def test_malformed_chunk_is_a_bad_request(nonsense_server: Server) -> None:
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with closing(nonsense_server.connect()) as client:
+        client.sendall(head.encode() + b"zz\r\nabc\r\n0\r\n\r\n")
+        status, _, body = read_answer(client)
+    assert status == 400 and json.loads(body)["error"]["code"] == "invalid_request"
 
 
 def test_body_that_ends_early_is_told_and_counted(start: Any) -> None:

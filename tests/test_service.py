@@ -19,6 +19,7 @@ from models.errors import (
     QueueFull,
     ServiceError,
 )
+from models.metrics import total
 from models.schemas import Completion, Message, SamplingParams, TextRequest
 from models.service import ModelService
 from models.streaming import Channel, Done, Failed
@@ -174,7 +175,7 @@ def test_numeric_error_ends_one_request_and_is_counted(make_service: MakeService
 
     service = make_service({"avibe": FakeLoaded(EchoRunner(poison))})
     assert isinstance(failure(submit(service)), NumericError)
-    assert service.metrics.value("avito_numeric_errors_total", "avibe") == 1
+    assert total(service.metrics.numeric_errors) == 1
     assert service.snapshot().is_ready
 
 
@@ -218,7 +219,7 @@ def test_failed_load_is_told_without_details_and_the_other_model_serves(make_ser
     snapshot = service.snapshot()
     assert snapshot.models["avision"].state == "failed"
     (why,) = snapshot.why_not_ready
-    assert "avision: loading failed in phase weights (OSError)" in why and "secret" not in why
+    assert "avision: loading failed in phase weights: OSError" in why and "secret" not in why
     assert completion(submit(service, "x")).text == "x"
 
 

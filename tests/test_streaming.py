@@ -49,6 +49,20 @@ def test_each_step_decodes_a_short_window_however_long_the_text() -> None:
     assert longest <= 2
 
 
+def test_bytes_that_never_become_a_character_stay_cheap_and_are_shown() -> None:
+    longest = 0
+
+    def watched(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    detokenizer = Detokenizer(watched)
+    shown = "".join(detokenizer.add(0xFF) for _ in range(2000)) + detokenizer.flush()
+    assert shown == "\ufffd" * 2000
+    assert longest <= 40
+
+
 def through(stops: Sequence[str], parts: Sequence[str]) -> tuple[str, bool]:
     stopper, shown = StopStrings(stops), []
     for part in parts:

@@ -72,6 +72,14 @@ def test_what_was_typed_is_escaped_wherever_it_appears(client: FlaskClient, path
     assert "<script>alert" not in page_of(response) and "&lt;script&gt;" in page_of(response)
 
 
+def test_form_refused_for_its_rate_keeps_the_input(make_app: Any) -> None:
+    client = make_app(AVITO_RATE_LIMIT="1/minute").test_client()
+    client.post("/avibe", data={"prompt": "first"})
+    response = client.post("/avibe", data={"prompt": "keep me", "max_tokens": "7"})
+    assert response.status_code == 429
+    assert "keep me" in page_of(response) and 'value="7"' in page_of(response)
+
+
 def test_body_that_is_too_large_is_an_error_page_of_the_form(client: FlaskClient) -> None:
     response = client.post("/avibe", data={"prompt": "x" * (16 * 1024 * 1024)})
     assert response.status_code == 413

@@ -1,8 +1,9 @@
 """The one engine thread: schedule, run, deliver, for every model in turn.
 
-All calls of `runner` happen in this thread, because CUDA-graph and generation state is per thread. The models share
-it fairly: the one that used less of the device so far goes next. A fault in one sequence ends that sequence; a step
-that raises ends the sequences of that step; `EngineDead` ends the loop, and the service is no longer alive.
+After its warm-up, all calls of a runner happen in this thread, because CUDA-graph and generation state is per thread.
+The models share it fairly: the one that used less of the device so far goes next. A fault in one sequence ends that
+sequence; a step that raises ends the sequences of that step; `EngineDead` ends the loop, and the service is no longer
+alive.
 
 Knows token ids and times only. Text is made by the callbacks of `Sequence`.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,8 +36,8 @@ class StepOutput:
 class Runner(Protocol):
     """Runs steps of one model. Called in the loop's thread only."""
 
-    def step(self, batch: Sequences[Sequence]) -> list[StepOutput]:
-        """Advance every sequence of the batch by one step.
+    def step(self, batch: Sequences[Sequence]) -> Iterable[StepOutput]:
+        """Advance every sequence of the batch by one step; one output for each, as they come.
 
         :raise EngineDead: the device cannot be used any more.
         """
@@ -156,30 +157,44 @@ class EngineLoop:
             batch, left = scheduler.next_batch(started)
         for sequence, reason in left:
             self._leave(runner, sequence, reason, None)
-        outputs = self._run_batch(runner, batch) if batch else []
-        # Before the completions are counted: the last step belongs to them.
-        scheduler.record_step(self._clock() - started)
-        for output in outputs:
-            end, error = self._deliver(output)
-            if end is not None:
-                with self._wake:
-                    scheduler.remove(output.sequence)
-                    scheduler.record_completion()
-                self._leave(runner, output.sequence, end, error)
+        self._run_batch(name, batch, started)
         with self._wake:
-            now = self._clock()
-            self._used_s[name] += now - started
-            self._pending_since = now
+            self._pending_since = self._clock()
         return True
 
-    def _run_batch(self, runner: Runner, batch: list[Sequence]) -> list[StepOutput]:
+    def _run_batch(self, name: str, batch: list[Sequence], started: float) -> None:
+        """Run one step and deliver each output as it comes: a runner that steps one by one shows progress in between.
+
+        If the runner raises, the sequences that had no output yet end with that error.
+        """
+        runner, rest, mark = self._runners[name], list(batch), started
         try:
-            return runner.step(batch)
+            for output in runner.step(batch) if batch else ():
+                rest.remove(output.sequence)
+                mark = self._finish_output(name, output, mark)
         except EngineDead:
             raise
         except Exception as error:
             log.exception("a step of %d sequences failed", len(batch))
-            return [StepOutput(sequence, error=error) for sequence in batch]
+            for sequence in rest:
+                mark = self._finish_output(name, StepOutput(sequence, error=error), mark)
+
+    def _finish_output(self, name: str, output: StepOutput, mark: float) -> float:
+        """Deliver one output; `mark` is when the one before was done. Returns when this one was."""
+        scheduler = self._schedulers[name]
+        now = self._clock()
+        # Before the completion is counted: its last step belongs to it.
+        scheduler.record_step(now - mark)
+        end, error = self._deliver(output)
+        if end is not None:
+            with self._wake:
+                scheduler.remove(output.sequence)
+                scheduler.record_completion()
+            self._leave(self._runners[name], output.sequence, end, error)
+        with self._wake:
+            self._pending_since = self._clock()
+            self._used_s[name] += now - mark
+        return now
 
     def _deliver(self, output: StepOutput) -> tuple[EndReason | None, Exception | None]:
         sequence = output.sequence

@@ -7,6 +7,7 @@ has been read. Batched steps, pages and CUDA graphs will replace the inside of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from typing import Any
@@ -63,14 +64,14 @@ class TransformersRunner:
         # Kept here, so that no other thread has to ask CUDA while the engine runs.
         self.memory_bytes = (0, 0)
 
-    def step(self, batch: Sequences[Sequence]) -> list[StepOutput]:
-        outputs = [self._step_one(sequence) for sequence in batch]
+    def step(self, batch: Sequences[Sequence]) -> Iterator[StepOutput]:
+        for sequence in batch:
+            yield self._step_one(sequence)
         if self._device.type == "cuda":
             self.memory_bytes = (
                 torch.cuda.memory_allocated(self._device),
                 torch.cuda.memory_reserved(self._device),
             )
-        return outputs
 
     def release(self, sequence: Sequence) -> None:
         self._running.pop(sequence, None)
