@@ -1,8 +1,8 @@
 """ModelService: all that the web side sees of the models. `start`, `submit`, `snapshot`, `stop`.
 
-It loads the configured models in a background thread, keeps the bounded number of places per model, turns requests
-into sequences and the engine's ids into text, and sees to it that every admitted request ends exactly once and gives
-its place back. It knows no HTTP. How a model is loaded is passed in, so that tests run all of this with a fake runner.
+It loads the configured models in a background thread, keeps the bounded number of places per model, and tells how all
+of it stands. What happens to one admitted request is in `models/request.py`. It knows no HTTP. How a model is loaded
+is passed in, so that tests run all of this with a fake runner.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Sequences
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -22,49 +21,18 @@ from prometheus_client import CollectorRegistry
 
 from config import Limits
 from models.engine.loop import EngineLoop, Runner
-from models.engine.sequence import EndReason, SamplingOptions, Sequence
-from models.errors import (
-    DeadlineExceeded,
-    EngineDead,
-    InternalError,
-    LoadError,
-    ModelNotConfigured,
-    NotReady,
-    NumericError,
-    QueueFull,
-    RequestCancelled,
-    ServiceError,
-)
+from models.errors import EngineDead, InternalError, LoadError, ModelNotConfigured, NotReady, QueueFull
 from models.metrics import ModelMetrics
-from models.schemas import MODEL_NAMES, Completion, ImageRequest, ModelName, SamplingParams, TextRequest, Timing
+from models.request import Encoder, OpenRequest, Surroundings
+from models.schemas import MODEL_NAMES, ImageRequest, ModelName, TextRequest
 from models.snapshots import Snapshot
-from models.streaming import Channel, Detokenizer, StopStrings
+from models.streaming import Channel
 
 log = logging.getLogger("avito.service")
 
 ModelState = Literal["not_configured", "loading", "ready", "failed"]
 # What a refused client is told before anything was measured.
 _DEFAULT_RETRY_S = 5
-
-
-class Encoder(Protocol):
-    """What the service needs of `prompts.PromptEncoder`."""
-
-    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> Encoded: ...
-    def sampling_options(self, params: SamplingParams) -> SamplingOptions: ...
-    @property
-    def tokenizer(self) -> Decoder: ...
-
-
-class Encoded(Protocol):
-    @property
-    def ids(self) -> tuple[int, ...]: ...
-    @property
-    def vision(self) -> object | None: ...
-
-
-class Decoder(Protocol):
-    def decode(self, ids: Sequences[int]) -> str: ...
 
 
 class Loaded(Protocol):
@@ -162,9 +130,10 @@ class ModelService:
         self.clock = clock
         self._lock = threading.Lock()
         self._slots = {name: _Slot(snapshot) for name, snapshot in snapshots.items()}
-        self._open: set[_Request] = set()
+        self._open: set[OpenRequest] = set()
         self._is_draining = False
         self._loop = EngineLoop(clock)
+        self._surroundings = Surroundings(self._loop, self.metrics, clock, limits.request_deadline_s, self._give_back)
         self._loading = threading.Thread(target=self._load_all, name="loading", daemon=True)
         self._has_settled = threading.Event()
         for name in MODEL_NAMES:
@@ -231,15 +200,25 @@ class ModelService:
         """
         with self._lock:
             slot = self._admit(request.model)
+            assert slot.loaded is not None
+            opened = OpenRequest(
+                request,
+                self._surroundings,
+                request_id=request_id,
+                received_at=received_at,
+                is_demo=slot.snapshot.is_demo,
+            )
             slot.num_places += 1
-        assert slot.loaded is not None
-        entry = _Request(self, request, slot, request_id=request_id, received_at=received_at)
+            self._open.add(opened)
         try:
-            entry.start(slot.loaded.encoder, is_abandoned)
+            opened.start(slot.loaded.encoder, is_abandoned)
+        except EngineDead:
+            self._give_back(opened)
+            raise NotReady("the engine has ended; a new one is on its way", retry_after_s=_DEFAULT_RETRY_S) from None
         except BaseException:
-            self._give_back(entry)
+            self._give_back(opened)
             raise
-        return entry.channel
+        return opened.channel
 
     def _admit(self, model: ModelName) -> _Slot:
         self.check_configured(model)
@@ -386,155 +365,9 @@ class ModelService:
         self.metrics.load_phase.labels(name, phase).set(seconds)
         log.info("%s: %s took %.2f s", name, phase, seconds)
 
-    # Called by _Request.
-
-    def _opened(self, request: _Request) -> None:
+    def _give_back(self, request: OpenRequest) -> None:
+        """Called by `OpenRequest` when it has ended, perhaps more than once."""
         with self._lock:
-            self._open.add(request)
-
-    def _give_back(self, request: _Request) -> None:
-        with self._lock:
-            if not request.has_place:
-                return
-            request.has_place = False
-            request.slot.num_places -= 1
-            self._open.discard(request)
-
-
-class _Request:
-    """One admitted request: text on one side, the engine's sequence on the other. Holds a place until it ends."""
-
-    def __init__(
-        self,
-        service: ModelService,
-        request: TextRequest | ImageRequest,
-        slot: _Slot,
-        *,
-        request_id: str,
-        received_at: float,
-    ) -> None:
-        self.slot = slot
-        self.has_place = True
-        self.channel = Channel(self._cancel)
-        self._service = service
-        self._request = request
-        self._request_id = request_id
-        self._received_at = received_at
-        self._deadline = received_at + service.limits.request_deadline_s
-        self._text: list[str] = []
-        self._stops = StopStrings(request.sampling.stop)
-        self._sequence: Sequence | None = None
-
-    def start(self, encoder: Encoder, is_abandoned: Callable[[], bool]) -> None:
-        service, request = self._service, self._request
-
-        def check() -> None:
-            if is_abandoned():
-                raise RequestCancelled
-            if service.clock() >= self._deadline:
-                raise self._expired()
-
-        prompt = encoder.encode(request, check)
-        check()
-        self._detokenizer = Detokenizer(encoder.tokenizer.decode)
-        self.channel.input_tokens = len(prompt.ids)
-        self._sequence = Sequence(
-            request_id=self._request_id,
-            prompt_ids=prompt.ids,
-            sampling=encoder.sampling_options(request.sampling),
-            deadline=self._deadline,
-            on_token=self._on_token,
-            on_end=self._on_end,
-            vision=prompt.vision,
-        )
-        service._opened(self)
-        try:
-            service._loop.add(request.model, self._sequence)
-        except EngineDead:
-            raise NotReady("the engine has ended; a new one is on its way", retry_after_s=_DEFAULT_RETRY_S) from None
-        service.metrics.prompt_tokens.labels(request.model).inc(len(prompt.ids))
-
-    def abandon(self, error: ServiceError) -> None:
-        """End without waiting for the engine."""
-        if self.channel.fail(error):
-            self._cancel()
-        self._service._give_back(self)
-
-    def _cancel(self) -> None:
-        if self._sequence is not None:
-            self._service._loop.cancel(self._request.model, self._sequence)
-
-    def _on_token(self, token_id: int) -> bool:
-        self.channel.generated_tokens += 1
-        shown, is_stopped = self._stops.add(self._detokenizer.add(token_id))
-        self._put(shown)
-        return is_stopped
-
-    def _put(self, text: str) -> None:
-        if text:
-            self._text.append(text)
-            self.channel.put(text)
-
-    def _on_end(self, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
-        service, model = self._service, self._request.model
-        timing = self._timing(sequence)
-        self.channel.timing = timing
-        num_generated = len(sequence.output_ids)
-        service.metrics.generation_tokens.labels(model).inc(num_generated)
-        # The place is given back before the answer goes out: who reads the answer may rely on the room.
-        service._give_back(self)
-        if reason in ("stop", "length"):
-            try:
-                self._finish(reason, num_generated, timing)
-            except Exception as failure:  # it must not end the loop for everybody
-                log.error("[%s] the answer could not be completed: %r", self._request_id, failure, exc_info=failure)
-                self.channel.fail(InternalError("the answer could not be completed"))
-        elif reason == "expired":
-            self.channel.fail(self._expired())
-        elif reason == "cancelled":
-            self.channel.fail(InternalError("the request was cancelled"))
-        elif isinstance(error, ServiceError):
-            if isinstance(error, NumericError):
-                service.metrics.numeric_errors.labels(model).inc()
-            self.channel.fail(error)
-        else:
-            log.error("[%s] the engine failed this request: %r", self._request_id, error, exc_info=error)
-            self.channel.fail(InternalError("the engine failed this request"))
-
-    def _finish(self, reason: Literal["stop", "length"], num_generated: int, timing: Timing) -> None:
-        shown, is_stopped = self._stops.add(self._detokenizer.flush())
-        self._put(shown + self._stops.flush())
-        model = self._request.model
-        metrics = self._service.metrics
-        metrics.queue_time.labels(model).observe(timing.queue_s)
-        metrics.total_time.labels(model).observe(timing.total_s)
-        if timing.time_to_first_token_s is not None:
-            metrics.time_to_first_token.labels(model).observe(timing.time_to_first_token_s)
-        if num_generated > 1 and timing.decode_s > 0:
-            metrics.time_per_output_token.labels(model).observe(timing.decode_s / (num_generated - 1))
-        self.channel.finish(
-            Completion(
-                model=model,
-                text="".join(self._text),
-                input_tokens=self.channel.input_tokens,
-                generated_tokens=num_generated,
-                finish_reason="stop" if is_stopped else reason,
-                is_demo=self.slot.snapshot.is_demo,
-                timing=timing,
-            )
-        )
-
-    def _timing(self, sequence: Sequence) -> Timing:
-        ended = sequence.ended_at if sequence.ended_at is not None else self._service.clock()
-        started = sequence.started_at if sequence.started_at is not None else ended
-        first = sequence.first_token_at
-        return Timing(
-            queue_s=started - sequence.added_at,
-            time_to_first_token_s=None if first is None else first - self._received_at,
-            decode_s=0.0 if first is None else ended - first,
-            generation_s=ended - started,
-            total_s=ended - self._received_at,
-        )
-
-    def _expired(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"the answer was not complete within {self._service.limits.request_deadline_s:g} s")
+            if request in self._open:
+                self._open.remove(request)
+                self._slots[request.model].num_places -= 1

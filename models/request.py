@@ -1,0 +1,203 @@
+"""One admitted request, from its text to the engine's ids and back: `OpenRequest`.
+
+Made by `ModelService.submit`, which has reserved its place. Sees to it that the channel ends exactly once, with what
+the engine did, and that the place is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from models.engine.loop import EngineLoop
+from models.engine.sequence import EndReason, SamplingOptions, Sequence
+from models.errors import DeadlineExceeded, InternalError, NumericError, RequestCancelled, ServiceError
+from models.metrics import ModelMetrics
+from models.schemas import Completion, ImageRequest, SamplingParams, TextRequest, Timing
+from models.streaming import Channel, Detokenizer, StopStrings
+
+log = logging.getLogger("avito.service")
+
+
+class Encoder(Protocol):
+    """What the service needs of `prompts.PromptEncoder`."""
+
+    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> Encoded: ...
+    def sampling_options(self, params: SamplingParams) -> SamplingOptions: ...
+    @property
+    def tokenizer(self) -> Decoder: ...
+
+
+class Encoded(Protocol):
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+    @property
+    def vision(self) -> object | None: ...
+
+
+class Decoder(Protocol):
+    def decode(self, ids: Sequences[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every open request of a service shares. `give_back` may be called more than once for a request."""
+
+    loop: EngineLoop
+    metrics: ModelMetrics
+    clock: Callable[[], float]
+    deadline_s: float
+    give_back: Callable[[OpenRequest], None]
+
+
+class OpenRequest:
+    """One admitted request: text on one side, the engine's sequence on the other. Holds a place until it ends.
+
+    `start` and `abandon` may be called from any thread, once each; the callbacks run in the loop's.
+
+    :param received_at: monotonic time of the first byte, from which the deadline counts.
+    """
+
+    def __init__(
+        self,
+        request: TextRequest | ImageRequest,
+        surroundings: Surroundings,
+        *,
+        request_id: str,
+        received_at: float,
+        is_demo: bool,
+    ) -> None:
+        self.model = request.model
+        self.channel = Channel(self._cancel)
+        self._request = request
+        self._around = surroundings
+        self._request_id = request_id
+        self._received_at = received_at
+        self._is_demo = is_demo
+        self._deadline = received_at + surroundings.deadline_s
+        self._text: list[str] = []
+        self._stops = StopStrings(request.sampling.stop)
+        self._sequence: Sequence | None = None
+        self._abandoned: ServiceError | None = None
+
+    def start(self, encoder: Encoder, is_abandoned: Callable[[], bool]) -> None:
+        """Encode and hand over to the engine, after which the channel is certain to end.
+
+        :param is_abandoned: whether nobody waits any more.
+        :raise ServiceError: from the encoder, or because the time was up.
+        :raise RequestCancelled: nobody waits any more.
+        :raise EngineDead: the loop has ended.
+        """
+        request, around = self._request, self._around
+
+        def check() -> None:
+            if is_abandoned():
+                raise RequestCancelled
+            if self._abandoned is not None:
+                raise self._abandoned
+            if around.clock() >= self._deadline:
+                raise self._expired()
+
+        prompt = encoder.encode(request, check)
+        check()
+        self._detokenizer = Detokenizer(encoder.tokenizer.decode)
+        self.channel.input_tokens = len(prompt.ids)
+        self._sequence = Sequence(
+            request_id=self._request_id,
+            prompt_ids=prompt.ids,
+            sampling=encoder.sampling_options(request.sampling),
+            deadline=self._deadline,
+            on_token=self._on_token,
+            on_end=self._on_end,
+            vision=prompt.vision,
+        )
+        around.loop.add(self.model, self._sequence)
+        around.metrics.prompt_tokens.labels(self.model).inc(len(prompt.ids))
+
+    def abandon(self, error: ServiceError) -> None:
+        """End without waiting for the engine, whatever state it is in."""
+        self._abandoned = error
+        if self.channel.fail(error):
+            self._cancel()
+        self._around.give_back(self)
+
+    def _cancel(self) -> None:
+        if self._sequence is not None:
+            self._around.loop.cancel(self.model, self._sequence)
+
+    def _on_token(self, token_id: int) -> bool:
+        self.channel.generated_tokens += 1
+        shown, is_stopped = self._stops.add(self._detokenizer.add(token_id))
+        self._put(shown)
+        return is_stopped
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self.channel.put(text)
+
+    def _on_end(self, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
+        metrics = self._around.metrics
+        timing = self._timing(sequence)
+        self.channel.timing = timing
+        num_generated = len(sequence.output_ids)
+        metrics.generation_tokens.labels(self.model).inc(num_generated)
+        # The place is given back before the answer goes out: who reads the answer may rely on the room.
+        self._around.give_back(self)
+        if reason in ("stop", "length"):
+            try:
+                self._finish(reason, num_generated, timing)
+            except Exception as failure:  # it must not end the loop for everybody
+                log.error("[%s] the answer could not be completed: %r", self._request_id, failure, exc_info=failure)
+                self.channel.fail(InternalError("the answer could not be completed"))
+        elif reason == "expired":
+            self.channel.fail(self._expired())
+        elif reason == "cancelled":
+            self.channel.fail(InternalError("the request was cancelled"))
+        elif isinstance(error, ServiceError):
+            if isinstance(error, NumericError):
+                metrics.numeric_errors.labels(self.model).inc()
+            self.channel.fail(error)
+        else:
+            log.error("[%s] the engine failed this request: %r", self._request_id, error, exc_info=error)
+            self.channel.fail(InternalError("the engine failed this request"))
+
+    def _finish(self, reason: Literal["stop", "length"], num_generated: int, timing: Timing) -> None:
+        shown, is_stopped = self._stops.add(self._detokenizer.flush())
+        self._put(shown + self._stops.flush())
+        model, metrics = self.model, self._around.metrics
+        metrics.queue_time.labels(model).observe(timing.queue_s)
+        metrics.total_time.labels(model).observe(timing.total_s)
+        if timing.time_to_first_token_s is not None:
+            metrics.time_to_first_token.labels(model).observe(timing.time_to_first_token_s)
+        if num_generated > 1 and timing.decode_s > 0:
+            metrics.time_per_output_token.labels(model).observe(timing.decode_s / (num_generated - 1))
+        self.channel.finish(
+            Completion(
+                model=model,
+                text="".join(self._text),
+                input_tokens=self.channel.input_tokens,
+                generated_tokens=num_generated,
+                finish_reason="stop" if is_stopped else reason,
+                is_demo=self._is_demo,
+                timing=timing,
+            )
+        )
+
+    def _timing(self, sequence: Sequence) -> Timing:
+        ended = sequence.ended_at if sequence.ended_at is not None else self._around.clock()
+        started = sequence.started_at if sequence.started_at is not None else ended
+        first = sequence.first_token_at
+        return Timing(
+            queue_s=started - sequence.added_at,
+            time_to_first_token_s=None if first is None else first - self._received_at,
+            decode_s=0.0 if first is None else ended - first,
+            generation_s=ended - started,
+            total_s=ended - self._received_at,
+        )
+
+    def _expired(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the answer was not complete within {self._around.deadline_s:g} s")
