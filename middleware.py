@@ -262,9 +262,11 @@ def _make_limiter(app: Flask, settings: Settings) -> Limiter:
         application_limits=[settings.rate_limit] if settings.rate_limit else [],
         storage_uri=settings.rate_limit_storage_uri,
         strategy="moving-window",
-        # If Redis is away, this process counts for itself, and each door by itself: a looser limit, but a limit.
+        # If Redis is away, this process counts for itself: still limited, and nobody gets a 500 for it.
         in_memory_fallback=[settings.rate_limit] if settings.rate_limit else [],
         in_memory_fallback_enabled=bool(settings.rate_limit),
+        # The fallback would count each endpoint by itself; with one name for all it is one count too.
+        request_identifier=lambda: "generate",
         enabled=bool(settings.rate_limit),
     )
     limiter.request_filter(lambda: g.exchange.door is None)

@@ -90,7 +90,9 @@ def _ask(connection: socket.socket) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 8, "temperature": 0}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
-    answer = connection.recv(65536)
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += connection.recv(65536)
     head_end = answer.index(b"\r\n\r\n") + 4
     length = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     while len(answer) < head_end + length:

@@ -20,6 +20,13 @@ from tests.fakes import EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
 from tests.test_snapshots import make_snapshot
 
 
+class LongRunner(EchoRunner):
+    """Keeps no record of what it released: it serves measurements of memory too."""
+
+    def release(self, sequence: Sequence) -> None:
+        return
+
+
 def make_folder(root: Path) -> Path:
     """A snapshot that passes the checks at start; nothing of it is loaded."""
     return make_snapshot(root / "snapshot")
@@ -34,7 +41,7 @@ def create(step_s: float = 0.0, load_s: float = 0.0) -> Flask:
         time.sleep(step_s)
 
     settings = load_settings()
-    models = {"avibe": FakeLoaded(EchoRunner(before_step if step_s else None))}
+    models = {"avibe": FakeLoaded(LongRunner(before_step if step_s else None))}
     load = FakeLoad(models)
     if load_s:
         load.gate.clear()

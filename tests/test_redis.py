@@ -47,6 +47,8 @@ def test_count_is_shared_and_limits_go_on_without_redis(make_app: Any, redis: An
     process.kill()
     process.wait()
     assert [ask(first, peer="7.7.7.7") for _ in range(3)] == [200, 200, 429], "each application counts for itself"
+    form = first.post("/avibe", data={"prompt": "a"}, environ_base={"REMOTE_ADDR": "7.7.7.7"})
+    assert form.status_code == 429, "and all its doors together"
 
 
 def test_answer_survives_redis_dying_while_it_is_made(make_app: Any, make_service: Any, redis: Any) -> None:
