@@ -73,6 +73,8 @@ class Limits:
     max_image_aspect_ratio: int = 200
     # What a picture is scaled down to before the model sees it: 1,003,520 px are 1,280 visual tokens.
     max_visual_px: int = 1_003_520
+    # Pictures of admitted requests of one model, encoded and as patches, in bytes of host memory.
+    max_picture_bytes: int = 2 * 1024**3
     # Decoding holds the GIL-free peak of memory: so many pictures are decoded at a time.
     max_concurrent_decodes: int = 2
     max_waiting: int = 64
@@ -231,6 +233,13 @@ class Settings(BaseModel):
         le=400_000_000,
         description="Width x height of one picture, from its header",
     )
+    max_picture_bytes: int = Field(
+        _DEFAULTS.max_picture_bytes,
+        alias="AVITO_MAX_PICTURE_BYTES",
+        ge=16 * 1024**2,
+        le=1024**4,
+        description="Host memory for the pictures of all admitted requests; beyond it queue_full",
+    )
     avision_max_px: int = Field(
         _DEFAULTS.max_visual_px,
         alias="AVISION_MAX_PX",
@@ -303,6 +312,7 @@ class Settings(BaseModel):
             max_context_tokens=self.max_context_tokens,
             max_images=self.max_images,
             max_image_px=self.max_image_px,
+            max_picture_bytes=self.max_picture_bytes,
             max_visual_px=self.avision_max_px,
             max_waiting=self.max_queue,
             max_running=self.max_running,

@@ -10,7 +10,8 @@ before it has sent a byte, and lingers over closing connections in its main thre
 - counts the time for reading the answer from its first byte, and closes the connection when it is up,
 - closes connections in the thread that served them,
 - closes the port when a stop begins, after taking along who had already connected,
-- survives running out of file descriptors.
+- survives running out of file descriptors,
+- stops properly when its master is gone.
 
 Written against Gunicorn 27.0 (`gunicorn/workers/gthread.py`), which requirements.txt pins.
 """
@@ -151,6 +152,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             # Who has not sent a byte by now (a browser's spare connection) does not hold the stop up.
             for conn in self.pending_conns:
                 conn.timeout = min(conn.timeout, time.monotonic() + _LINGER_S)
+
+    def is_parent_alive(self) -> bool:
+        """A worker whose master is gone stops as if it had been told to: Gunicorn leaves its loop, but as if alive,
+        which would keep the port open and the connections, with nobody to serve them."""
+        self.alive: bool = self.alive and super().is_parent_alive()
+        return self.alive
 
     def enqueue_req(self, conn: Connection) -> None:
         conn.received_at = time.monotonic()

@@ -95,8 +95,12 @@ def is_gone(connection: socket.socket) -> bool:
         # poll and not select: descriptors above 1023 are usual with many clients.
         poller = select.poll()
         poller.register(connection, select.POLLIN | select.POLLRDHUP)
-        if not poller.poll(0):
+        events = poller.poll(0)
+        if not events:
             return False
+        # Judged by the hang-up first: unread bytes would hide the end of the stream behind them.
+        if events[0][1] & (select.POLLRDHUP | select.POLLHUP | select.POLLERR):
+            return True
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
         return False

@@ -82,15 +82,19 @@ def load_model(
             processor = AutoImageProcessor.from_pretrained(snapshot.folder, backend="pil", **local)
             processor.size = {**dict(processor.size), "longest_edge": _longest_edge(processor, limits)}
     with phase("weights"):
-        model_class = AutoModelForCausalLM if snapshot.model == "avibe" else AutoModelForImageTextToText
-        model = model_class.from_pretrained(
+        model_class: Any = AutoModelForCausalLM if snapshot.model == "avibe" else AutoModelForImageTextToText
+        model, report = model_class.from_pretrained(
             snapshot.folder,
             dtype=dtype,
             device_map={"": device} if device.type == "cuda" else None,
             attn_implementation="sdpa",
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused with a sentence by _check_complete
             **local,
-        ).eval()
+        )
+        _check_complete(report)
+        model.eval()
     with phase("encoder"):
         encoder = _make_encoder(tokenizer, model, processor, limits)
     runner = TransformersRunner(model, limits.prefill_chunk_tokens)
@@ -111,6 +115,20 @@ def load_model(
         dtype=str(dtype).removeprefix("torch."),
         gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None,
     )
+
+
+def _check_complete(report: Any) -> None:
+    """The library fills what it does not find with random numbers and carries on; we do not.
+
+    :raise LoadError: weights are missing, or of another shape than config.json says.
+    """
+    for kind, what in (
+        ("missing_keys", "are missing"),
+        ("mismatched_keys", "have another shape than config.json says"),
+    ):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind])
+        if names:
+            raise LoadError(f"{len(names)} weights {what}, the first is {names[0]}")
 
 
 def _pick_dtype(snapshot: Snapshot, device: torch.device) -> torch.dtype:

@@ -179,7 +179,8 @@ class PromptEncoder:
         ids = self.tokenizer.encode_chat(request.messages, num_images=len(request.images))
         expected = [self._visual_tokens(image.header.height, image.header.width) for image in request.images]
         # From the headers alone, before any picture is decoded.
-        self._check_length(len(ids) - len(expected) + sum(expected), request.sampling.max_tokens)
+        num_visual = sum(expected)
+        self._check_length(len(ids) - len(expected) + num_visual, request.sampling.max_tokens, num_visual)
         grids, patches = [], []
         for image in request.images:
             with self._decode_slot(check):
@@ -190,7 +191,7 @@ class PromptEncoder:
         grid = torch.cat(grids)
         counts = [int(n) // self._processor.merge_size**2 for n in grid.prod(-1)]
         expanded = self._expand(ids, counts)
-        self._check_length(len(expanded), request.sampling.max_tokens)
+        self._check_length(len(expanded), request.sampling.max_tokens, sum(counts))
         assert self._image_token_id is not None
         return EncodedPrompt(tuple(expanded), VisionInputs(torch.cat(patches), grid, self._image_token_id))
 
@@ -221,10 +222,11 @@ class PromptEncoder:
             expanded += [token_id] * (next(remaining) if token_id == self._image_token_id else 1)
         return expanded
 
-    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
+    def _check_length(self, num_prompt: int, max_tokens: int, num_visual: int = 0) -> None:
         if num_prompt + max_tokens > self.context_tokens:
+            pictures = f" ({num_visual} of them for pictures)" if num_visual else ""
             raise PromptTooLong(
-                f"prompt: {num_prompt} tokens and max_tokens {max_tokens} together must be at most "
+                f"prompt: {num_prompt} tokens{pictures} and max_tokens {max_tokens} together must be at most "
                 f"{self.context_tokens} tokens, got {num_prompt + max_tokens}",
                 field="prompt",
             )

@@ -59,6 +59,7 @@ class OpenRequest:
     `start` and `abandon` may be called from any thread, once each; the callbacks run in the loop's.
 
     :param received_at: monotonic time of the first byte, from which the deadline counts.
+    :param picture_bytes: what the service reserved for its pictures.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class OpenRequest:
         request_id: str,
         received_at: float,
         is_demo: bool,
+        picture_bytes: int,
     ) -> None:
         self.model = request.model
+        self.picture_bytes = picture_bytes
         self.channel = Channel(self._cancel)
         self._request = request
         self._around = surroundings

@@ -67,6 +67,12 @@ class ImageRequest:
 
     model: ModelName = "avision"
 
+    def host_bytes(self, max_visual_px: int) -> int:
+        """About the host memory that the pictures take until the answer is done: the files, and their patches, which
+        are float32 in 3 channels and 2 equal frames (Qwen2-VL), 24 bytes a pixel."""
+        headers = [image.header for image in self.images]
+        return sum(h.num_bytes + 24 * min(h.width * h.height, max_visual_px) for h in headers)
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -100,6 +100,7 @@ class _Slot:
     phase_started: float = 0.0
     failure: str | None = None
     num_places: int = 0
+    picture_bytes: int = 0
 
 
 class ModelService:
@@ -199,7 +200,7 @@ class ModelService:
         :raise DeadlineExceeded, RequestCancelled: while it was encoded; the place is given back.
         """
         with self._lock:
-            slot = self._admit(request.model)
+            slot, picture_bytes = self._admit(request)
             assert slot.loaded is not None
             opened = OpenRequest(
                 request,
@@ -207,8 +208,10 @@ class ModelService:
                 request_id=request_id,
                 received_at=received_at,
                 is_demo=slot.snapshot.is_demo,
+                picture_bytes=picture_bytes,
             )
             slot.num_places += 1
+            slot.picture_bytes += picture_bytes
             self._open.add(opened)
         try:
             opened.start(slot.loaded.encoder, is_abandoned)
@@ -220,7 +223,9 @@ class ModelService:
             raise
         return opened.channel
 
-    def _admit(self, model: ModelName) -> _Slot:
+    def _admit(self, request: TextRequest | ImageRequest) -> tuple[_Slot, int]:
+        """The model's slot, and the host memory that the request's pictures will take; reserves nothing."""
+        model = request.model
         self.check_configured(model)
         slot = self._slots[model]
         if slot.state != "ready" or slot.loaded is None:
@@ -234,7 +239,17 @@ class ModelService:
                 f"model {model}: at most {num_places} requests at a time, got one more",
                 retry_after_s=self._retry_after(model),
             )
-        return slot
+        if isinstance(request, TextRequest):
+            return slot, 0
+        picture_bytes = request.host_bytes(self.limits.max_visual_px)
+        # A request by itself is always let in: it was within the limits of a request.
+        if slot.picture_bytes and slot.picture_bytes + picture_bytes > self.limits.max_picture_bytes:
+            raise QueueFull(
+                f"model {model}: pictures of all requests may take at most {self.limits.max_picture_bytes} bytes, "
+                f"{slot.picture_bytes} are taken and this one needs {picture_bytes}",
+                retry_after_s=self._retry_after(model),
+            )
+        return slot, picture_bytes
 
     def _retry_after(self, model: ModelName) -> int:
         seconds = self._loop.seconds_to_drain(model)
@@ -370,4 +385,6 @@ class ModelService:
         with self._lock:
             if request in self._open:
                 self._open.remove(request)
-                self._slots[request.model].num_places -= 1
+                slot = self._slots[request.model]
+                slot.num_places -= 1
+                slot.picture_bytes -= request.picture_bytes

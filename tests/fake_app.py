@@ -45,7 +45,9 @@ def create(step_s: float = 0.0, load_s: float = 0.0) -> Flask:
     load = FakeLoad(models)
     if load_s:
         load.gate.clear()
-        threading.Timer(load_s, load.gate.set).start()
+        timer = threading.Timer(load_s, load.gate.set)
+        timer.daemon = True
+        timer.start()
     service = ModelService({"avibe": fake_snapshot("avibe")}, settings.limits, load=load)
     service.start()
     return create_app(settings, service)

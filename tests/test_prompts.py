@@ -145,7 +145,7 @@ def test_picture_tokens_count_against_the_context_before_decoding(vision_folder:
     encoder = load(vision_folder, "avision", max_context_tokens=64).encoder
     truncated = picture(560, 560)
     broken = type(truncated)(truncated.data[:200], truncated.header)
-    with pytest.raises(PromptTooLong, match="together"):
+    with pytest.raises(PromptTooLong, match="400 of them for pictures"):
         encoder.encode(image_request("a", broken), lambda: None)
 
 

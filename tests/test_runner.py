@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import random
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from PIL import Image
 from config import Limits
 from models.engine.runner import TransformersRunner
 from models.engine.sequence import SamplingOptions, Sequence
-from models.errors import NumericError
+from models.errors import LoadError, NumericError
 from models.images import read_header
 from models.loader import LoadedModel, load_model
 from models.schemas import ImageInput, ImageRequest, Message, SamplingParams, TextRequest
@@ -177,9 +179,6 @@ def test_released_sequence_holds_no_cache(qwen3_folder: Path) -> None:
 
 
 def test_generation_config_counts_where_request_is_silent(qwen3_folder: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     folder = tmp_path / "snapshot"
     shutil.copytree(qwen3_folder, folder)
     file = folder / "generation_config.json"
@@ -193,11 +192,34 @@ def test_generation_config_counts_where_request_is_silent(qwen3_folder: Path, tm
 
 
 def test_weights_other_than_safetensors_are_refused(qwen3_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(qwen3_folder, tmp_path / "snapshot")
     file = tmp_path / "snapshot" / "model.safetensors"
     torch.save({}, tmp_path / "snapshot" / "pytorch_model.bin")
     file.unlink()
     with pytest.raises(OSError, match="safetensors"):
         load(tmp_path / "snapshot", "avibe")
+
+
+@pytest.mark.parametrize(("layers", "what"), [(3, "are missing"), (2, None)])
+def test_incomplete_weights_are_not_filled_with_random_numbers(
+    qwen3_folder: Path, tmp_path: Path, layers: int, what: str | None
+) -> None:
+    folder = tmp_path / "snapshot"
+    shutil.copytree(qwen3_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    if what is None:
+        load(folder, "avibe")
+    else:
+        with pytest.raises(LoadError, match=what):
+            load(folder, "avibe")
+
+
+def test_weights_of_another_shape_are_refused(qwen3_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "snapshot"
+    shutil.copytree(qwen3_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
+    with pytest.raises(LoadError, match="6 weights have another shape than"):
+        load(folder, "avibe")

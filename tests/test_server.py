@@ -188,11 +188,40 @@ def test_clients_that_leave_in_mid_answer_give_their_places_back(start: Any) -> 
     assert server.application()["requests_running"] == 4
     for client in clients:
         client.close()
-    server.wait(lambda: server.application()["cancelled_requests"] == 20, "20 cancelled")
-    application = server.application()
-    assert application["requests_running"] == application["requests_waiting"] == application["open_requests"] == 0
-    assert application["total_requests"] == 20
+
+    def is_over() -> bool:
+        now = server.application()
+        return now["cancelled_requests"] == 20 and not now["requests_running"] + now["requests_waiting"]
+
+    server.wait(is_over, "end of all 20")
+    assert server.application()["open_requests"] == 0
+    assert server.application()["total_requests"] == 20
     assert server.ask("x")[0] == 200
+
+
+def test_client_that_leaves_behind_an_unread_byte_is_seen_to_leave(start: Any) -> None:
+    server = start("create(step_s=0.01)").wait_ready()
+    client = server.send_request("x" * 2000)
+    client.sendall(b"\r\n")
+    server.wait(lambda: server.application()["requests_running"] == 1, "a running request")
+    client.close()
+    server.wait(lambda: server.application()["cancelled_requests"] == 1, "a cancelled request")
+
+
+def test_worker_without_its_master_closes_the_port_and_ends(start: Any) -> None:
+    server = start("create(step_s=0.01)").wait_ready()
+    client = server.send_request("x" * 300)
+    server.wait(lambda: server.application()["requests_running"] == 1, "a running request")
+    server.process.kill()
+    server.process.wait(GENEROUS_S)
+    status, headers, _ = read_answer(client)
+    assert status == 200, "what was accepted is answered"
+    client.close()
+    deadline = time.monotonic() + GENEROUS_S
+    while not server.refuses():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert headers["content-type"] == "application/json"
 
 
 def test_client_that_waits_with_more_bytes_sent_is_not_taken_for_gone(start: Any) -> None:

@@ -24,6 +24,7 @@ from models.schemas import Completion, Message, SamplingParams, TextRequest
 from models.service import ModelService
 from models.streaming import Channel, Done, Failed
 from tests.fakes import GENEROUS_S, Clock, EchoRunner, EndlessRunner, FakeEncoder, FakeLoad, FakeLoaded
+from tests.test_runner import image_request, picture
 
 MakeService = Callable[..., ModelService]
 
@@ -95,6 +96,26 @@ def test_full_queue_refuses_and_tells_when_to_come_back(make_service: MakeServic
         submit(service)
     assert caught.value.retry_after_s is not None and caught.value.retry_after_s >= 1
     assert "at most 3 requests" in caught.value.message
+
+
+def test_pictures_beyond_the_memory_limit_are_refused_until_others_are_done(make_service: MakeService) -> None:
+    runner = EchoRunner()
+    runner.gate.clear()
+    one = image_request("a", picture(100, 100))
+    cost = one.host_bytes(10**6)
+    service = make_service({"avision": FakeLoaded(runner)}, max_running=1, max_picture_bytes=2 * cost)
+
+    def ask() -> Channel:
+        return service.submit(one, request_id="t", received_at=service.clock())
+
+    channels = [ask(), ask()]
+    with pytest.raises(QueueFull, match=f"at most {2 * cost} bytes, {2 * cost} are taken and this one needs {cost}"):
+        ask()
+    runner.gate.set()
+    for channel in channels:
+        completion(channel)
+    completion(ask())
+    assert service._slots["avision"].picture_bytes == 0
 
 
 def test_retry_after_follows_the_measured_drain_rate(make_service: MakeService) -> None:

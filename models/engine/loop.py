@@ -43,7 +43,8 @@ class Runner(Protocol):
         """
 
     def release(self, sequence: Sequence) -> None:
-        """Give back what the runner holds for a sequence; called once for each that was ever in a batch."""
+        """Give back what the runner holds for a sequence; called once for each that was ever in a batch, unless the
+        loop itself has ended."""
 
     @property
     def memory_bytes(self) -> tuple[int, int]:
