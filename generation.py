@@ -21,6 +21,7 @@ log = logging.getLogger("avito.http")
 
 # The engine expires requests itself; only if it hangs does the waiting thread step in, so much later.
 _BACKSTOP_S = 5.0
+_LAST_STEP_S = 1.0
 
 
 def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Completion:
@@ -70,6 +71,9 @@ def _wait(service: ModelService, channel: Channel, exchange: Exchange, client: _
         if end is not None:
             raise end.error
         if client.is_gone():
+            channel.cancel()
+            # The step under way is let end: the audit line has its times then, and the place is back when it counts.
+            channel.wait_end(_LAST_STEP_S)
             raise RequestCancelled
         if service.clock() >= deadline:
             raise DeadlineExceeded(f"the answer was not complete within {service.limits.request_deadline_s:g} s")
