@@ -36,7 +36,7 @@ def assert_error(response: Any, code: str, field: str | None = None) -> dict[str
     assert body["error"]["message"] and "\n" not in body["error"]["message"]
     assert body["request_id"] == response.headers["X-Request-ID"]
     assert re.fullmatch(r"\d+\.\d{3}s", response.headers["X-Response-Time"])
-    assert not re.search(r"Traceback|File \"|/work|/home|site-packages", response.get_data(as_text=True))
+    assert not re.search(r"Traceback|File \"|/srv/|/home/|site-packages", response.get_data(as_text=True))
     return dict(body["error"])
 
 
@@ -150,7 +150,7 @@ def test_deadline_and_faults_have_the_shape(make_app: Any, make_service: Any) ->
         raise NumericError("the model gave NaN or Inf; the request was ended")
 
     def crash(batch: Any) -> None:
-        raise RuntimeError("/work/secret")
+        raise RuntimeError("/srv/secret")
 
     for failure, code in ((fail, "numeric_error"), (crash, "internal_error")):
         service = make_service({"avibe": FakeLoaded(EchoRunner(failure))})
@@ -173,7 +173,7 @@ def test_unexpected_exception_is_a_clean_500(make_app: Any, make_service: Any) -
     app = make_app(service)
 
     def explode(*_: Any, **__: Any) -> None:
-        raise RuntimeError("/work/secret")
+        raise RuntimeError("/srv/secret")
 
     service.submit = explode
     assert_error(post_json(app.test_client(), TEXT, {"prompt": "a"}), "internal_error")
