@@ -278,6 +278,7 @@ def _make_limiter(app: Flask, settings: Settings) -> Limiter:
         request_identifier=lambda: "generate",
         enabled=bool(settings.rate_limit),
     )
-    limiter.request_filter(lambda: g.exchange.door is None)
+    # A method that the door does not have (405) generates nothing either.
+    limiter.request_filter(lambda: g.exchange.door is None or request.endpoint is None)
     limiter.init_app(app)
     return limiter

@@ -366,7 +366,7 @@ class ModelService:
             if slot.state == "loading":
                 slot.state = "failed"
                 slot.failure = f"loading took longer than {self.limits.load_timeout_s:g} s, in phase {slot.phase}"
-        log.error("%s: %s", name, slot.failure)
+                log.error("%s: %s", name, slot.failure)
 
     @contextmanager
     def _phase(self, name: ModelName, slot: _Slot, phase: str) -> Iterator[None]:

@@ -119,6 +119,43 @@ def test_callback_that_raises_ends_its_sequence_only(loop: EngineLoop, ends: End
     assert ends.next()[1] == "stop"
 
 
+def test_runner_that_raises_halfway_ends_only_those_without_an_output(loop: EngineLoop, ends: Ends) -> None:
+    class Halfway(EchoRunner):
+        def step(self, batch: Any) -> Any:
+            for output in super().step(batch):
+                if output.sequence.request_id == "second":
+                    raise ValueError("halfway")
+                yield output
+
+    runner = Halfway()
+    runner.gate.clear()
+    loop.add_model("avibe", runner, max_running=3)
+    for name in ("first", "second", "third"):
+        loop.add("avibe", ends.make(name))
+    runner.gate.set()
+    reasons = {name: reason for name, reason, _ in (ends.next(), ends.next(), ends.next())}
+    assert reasons == {"first": "stop", "second": "failed", "third": "failed"}
+    assert not loop.snapshot().is_dead
+
+
+def test_end_that_cannot_be_delivered_ends_the_loop_and_nobody_is_left_waiting(loop: EngineLoop, ends: Ends) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no end")
+
+    runner = EchoRunner()
+    runner.gate.clear()
+    loop.add_model("avibe", runner, max_running=1)
+    bad = ends.make("bad", max_tokens=1)
+    bad.on_end = refuse
+    also_bad = ends.make("also bad")
+    also_bad.on_end = refuse
+    for sequence in (bad, also_bad, ends.make("other")):
+        loop.add("avibe", sequence)
+    runner.gate.set()
+    assert ends.next()[:2] == ("other", "failed")
+    assert loop.snapshot().is_dead
+
+
 def test_error_of_one_sequence_leaves_the_batch_alone(loop: EngineLoop, ends: Ends) -> None:
     class Picky(EchoRunner):
         def step(self, batch: Any) -> Any:

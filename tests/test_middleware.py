@@ -55,6 +55,12 @@ def test_empty_rate_is_off(client: FlaskClient) -> None:
     assert response.status_code == 200 and "X-RateLimit-Limit" not in response.headers
 
 
+def test_method_that_is_not_allowed_is_not_counted(make_app: Any) -> None:
+    client = make_app(AVITO_RATE_LIMIT="1/minute").test_client()
+    assert [client.get(TEXT).status_code for _ in range(3)] == [405] * 3
+    assert post_json(client, TEXT, {"prompt": "a"}).status_code == 200
+
+
 def test_refused_requests_count_too(make_app: Any) -> None:
     client = make_app(AVITO_RATE_LIMIT="1/minute").test_client()
     assert post_json(client, TEXT, {}).status_code == 400

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from typing import Protocol
@@ -166,19 +166,26 @@ class EngineLoop:
     def _run_batch(self, name: str, batch: list[Sequence], started: float) -> None:
         """Run one step and deliver each output as it comes: a runner that steps one by one shows progress in between.
 
-        If the runner raises, the sequences that had no output yet end with that error.
+        If the runner raises, the sequences that had no output yet end with that error. What goes wrong in delivering
+        is no fault of the step: it ends the loop, so that nobody is left without an end.
         """
-        runner, rest, mark = self._runners[name], list(batch), started
+        rest, mark = list(batch), started
+        for output in self._outputs(self._runners[name], rest):
+            rest.remove(output.sequence)
+            mark = self._finish_output(name, output, mark)
+
+    def _outputs(self, runner: Runner, rest: list[Sequence]) -> Iterator[StepOutput]:
+        """The outputs of one step over `rest`, from which the caller takes each as it comes; a fault of the runner
+        becomes the output of those that are left."""
+        if not rest:
+            return
         try:
-            for output in runner.step(batch) if batch else ():
-                rest.remove(output.sequence)
-                mark = self._finish_output(name, output, mark)
+            yield from runner.step(list(rest))
         except EngineDead:
             raise
         except Exception as error:
-            log.exception("a step of %d sequences failed", len(batch))
-            for sequence in rest:
-                mark = self._finish_output(name, StepOutput(sequence, error=error), mark)
+            log.exception("a step failed, %d sequences had no output yet", len(rest))
+            yield from [StepOutput(sequence, error=error) for sequence in rest]
 
     def _finish_output(self, name: str, output: StepOutput, mark: float) -> float:
         """Deliver one output; `mark` is when the one before was done. Returns when this one was."""
@@ -238,7 +245,10 @@ class EngineLoop:
                 scheduler.running.clear()
                 scheduler.waiting.clear()
         for sequence in rest:
-            self._end(sequence, reason, error)
+            try:
+                self._end(sequence, reason, error)
+            except Exception:  # the others still have to learn it
+                log.exception("[%s] the end could not be delivered", sequence.request_id)
 
     def _note_idle(self) -> None:
         if not any(s.has_work for s in self._schedulers.values()):
