@@ -70,7 +70,7 @@ class Sequence:
     :param prompt_ids: token ids of the whole prompt, picture placeholders included.
     :param vision: what the runner needs besides ids for pictures, opaque here; None for text.
     :param prefix_ids: the ids by which prompts are compared for reuse of their keys and values, as long as
-        `prompt_ids`; placeholders of a picture are replaced by negative numbers made of its content. None: `prompt_ids`.
+        `prompt_ids`; placeholders of a picture are replaced by negative numbers made of its content. None: prompt_ids.
     :param deadline: monotonic seconds at which the sequence expires.
     :param on_token: called in the loop's thread with each new id; True ends the sequence with "stop".
     :param on_end: called exactly once, in the loop's thread or in the one that cancelled; `error` only with "failed".
