@@ -63,12 +63,29 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class PictureSpan:
+    """Where one picture's placeholders stand in the prompt, and what its encoding costs.
+
+    :param start: index of its first placeholder in the prompt.
+    :param num_tokens: placeholders, which is also the number of embeddings that the vision tower gives for it.
+    :param num_patches: what the vision tower reads.
+    :param key: digest of its pixels as the tower reads them: equal pictures have equal keys.
+    """
+
+    start: int
+    num_tokens: int
+    num_patches: int
+    key: bytes
+
+
 @dataclass(eq=False)
 class Sequence:
     """Made in a request's thread; once added, only the loop's thread changes it, but for `is_cancelled`.
 
     :param prompt_ids: token ids of the whole prompt, picture placeholders included.
     :param vision: what the runner needs besides ids for pictures, opaque here; None for text.
+    :param pictures: the pictures of `vision`, by their place in the prompt.
     :param prefix_ids: the ids by which prompts are compared for reuse of their keys and values, as long as
         `prompt_ids`; placeholders of a picture are replaced by negative numbers made of its content. None: prompt_ids.
     :param deadline: monotonic seconds at which the sequence expires.
@@ -83,6 +100,7 @@ class Sequence:
     on_token: Callable[[int], bool]
     on_end: Callable[[Sequence, EndReason, Exception | None], None]
     vision: object | None = None
+    pictures: tuple[PictureSpan, ...] = ()
     prefix_ids: tuple[int, ...] | None = None
     constraint: TokenConstraint | None = None
 
