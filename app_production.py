@@ -62,7 +62,6 @@ def make_service(settings: Settings) -> ModelService:
     return ModelService(
         find_snapshots(settings),
         settings.limits,
-        device=settings.device,
-        gpu_memory_fraction=settings.gpu_memory_fraction,
+        settings.engine,
         registry=CollectorRegistry(),
     )

@@ -78,8 +78,13 @@ class Limits:
     # Decoding holds the GIL-free peak of memory: so many pictures are decoded at a time.
     max_concurrent_decodes: int = 2
     max_waiting: int = 64
-    max_running: int = 4
-    prefill_chunk_tokens: int = 512
+    # 0: as many as the device serves well, see `EngineOptions`.
+    max_running: int = 0
+    # Prompt tokens and picture patches of one engine step: larger ones are no faster, and hold everybody else back.
+    max_step_tokens: int = 4096
+    max_step_patches: int = 16_384
+    # What prompts may add to the time between two tokens of a running stream.
+    max_prefill_delay_s: float = 0.05
     request_deadline_s: float = 120.0
     load_timeout_s: float = 600.0
     stall_limit_s: float = 60.0
@@ -91,6 +96,31 @@ class Limits:
 
 
 _DEFAULTS = Limits()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine uses its device. See the settings of the same names.
+
+    :param cpu_cache_bytes: KV cache of all models where there is no card.
+    :param avibe_cache_share: of the memory for KV caches, 0 to 1; Avision gets the rest.
+    :param picture_cache_bytes: what the vision tower made of recent pictures.
+    """
+
+    device: str = "auto"
+    gpu_memory_fraction: float = 0.9
+    cpu_cache_bytes: int = 1024**3
+    avibe_cache_share: float = 0.7
+    picture_cache_bytes: int = 256 * 1024**2
+    has_cuda_graphs: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
+
+    # More running at a time make each slower; on a CPU soon too slow for the deadline.
+    max_running_cuda: int = 128
+    max_running_cpu: int = 16
+
+
+_ENGINE_DEFAULTS = EngineOptions()
 
 
 def _split_origins(value: object) -> object:
@@ -178,6 +208,42 @@ class Settings(BaseModel):
     gpu_memory_fraction: float = Field(
         0.90, alias="AVITO_GPU_MEMORY_FRACTION", ge=0.1, le=1.0, description="Share of the card that we may take"
     )
+    avibe_cache_share: float = Field(
+        _ENGINE_DEFAULTS.avibe_cache_share,
+        alias="AVIBE_CACHE_SHARE",
+        gt=0,
+        lt=1,
+        description="Avibe's share of the memory for KV caches, the rest is Avision's; a model alone gets all",
+    )
+    cpu_cache_bytes: int = Field(
+        _ENGINE_DEFAULTS.cpu_cache_bytes,
+        alias="AVITO_CPU_CACHE_BYTES",
+        ge=16 * 1024**2,
+        le=1024**4,
+        description="KV cache of all models where there is no card",
+    )
+    picture_cache_bytes: int = Field(
+        _ENGINE_DEFAULTS.picture_cache_bytes,
+        alias="AVISION_PICTURE_CACHE_BYTES",
+        ge=0,
+        le=1024**4,
+        description="Device memory for what the vision tower made of recent pictures",
+    )
+    has_cuda_graphs: bool = Field(
+        _ENGINE_DEFAULTS.has_cuda_graphs,
+        alias="AVITO_CUDA_GRAPHS",
+        description="Capture decode steps as CUDA graphs; off: slower, for finding faults",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        _ENGINE_DEFAULTS.compile,
+        alias="AVITO_COMPILE",
+        description="Compile small operations with torch.compile; auto: on CUDA only",
+    )
+    compile_cache: str = Field(
+        "run/compile",
+        alias="AVITO_COMPILE_CACHE",
+        description="Folder that keeps what was compiled, so that a restart does not compile again",
+    )
     torch_index_url: str = Field(
         "", alias="AVITO_TORCH_INDEX_URL", description="Package index of another build of torch, used by deploy.sh"
     )
@@ -198,9 +264,9 @@ class Settings(BaseModel):
     max_running: int = Field(
         _DEFAULTS.max_running,
         alias="AVITO_MAX_RUNNING",
-        ge=1,
+        ge=0,
         le=256,
-        description="Requests generated at the same time, per model",
+        description="Requests generated at the same time, per model; 0: 128 on CUDA, 16 on a CPU",
     )
     max_prompt_chars: int = Field(
         _DEFAULTS.max_prompt_chars,
@@ -322,6 +388,23 @@ class Settings(BaseModel):
             read_timeout_s=self.read_timeout_s,
             answer_timeout_s=self.answer_timeout_s,
         )
+
+    @cached_property
+    def engine(self) -> EngineOptions:
+        return EngineOptions(
+            device=self.device,
+            gpu_memory_fraction=self.gpu_memory_fraction,
+            cpu_cache_bytes=self.cpu_cache_bytes,
+            avibe_cache_share=self.avibe_cache_share,
+            picture_cache_bytes=self.picture_cache_bytes,
+            has_cuda_graphs=self.has_cuda_graphs,
+            compile=self.compile,
+        )
+
+
+def set_compile_cache(settings: Settings) -> None:
+    """Tell torch where to keep what it compiles, before it is imported. An operator's own variable wins."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(PROJECT_ROOT / settings.compile_cache))
 
 
 def _mask_password(value: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,28 +17,79 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from config import Limits
-from models.engine.loop import Runner
-from models.engine.runner import TransformersRunner
+from config import EngineOptions, Limits
+from models.engine.attention import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS
+from models.engine.kv_cache import KVCache
+from models.engine.layers import SmallOperations, TextStack
+from models.engine.memory import ModelNeeds, ModelShare
+from models.engine.runner import PagedRunner, RunnerSizes
+from models.engine.scheduler import Scheduler, SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
+from models.engine.vision import VisionTower
 from models.errors import LoadError
 from models.prompts import PromptEncoder, TextTokenizer
-from models.snapshots import Snapshot
+from models.snapshots import KNOWN_CLASSES, Snapshot
 
 log = logging.getLogger("avito.loader")
+
+# Graphs' own pools, cuBLAS workspaces and what the allocator loses to rounding; not measured per model.
+_CUDA_OVERHEAD_BYTES = 1024**3
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can serve. `gpu_uuid` as NVML writes it; None on a CPU."""
+    """Weights on their device, and what is needed to serve them once the memory for its cache is known.
 
-    encoder: PromptEncoder
-    runner: Runner
+    :param device: as torch writes it.
+    :param gpu_uuid: as NVML writes it; None on a CPU.
+    """
+
     device: str
     dtype: str
     gpu_uuid: str | None
+    max_running: int
+    needs: ModelNeeds
+    stack: TextStack
+    tower: VisionTower | None
+    engine: EngineOptions
+    make_encoder: Callable[[int], PromptEncoder]
+
+    def budget_bytes(self, all_weights_bytes: int) -> int:
+        """What all models together may take: of a card the fraction that is set, but no more than others left of it;
+        on a CPU the caches alone are bounded, and weights come on top."""
+        device = self.stack.device
+        if device.type != "cuda":
+            return self.engine.cpu_cache_bytes + all_weights_bytes
+        free, total = torch.cuda.mem_get_info(device)
+        return int(min(total * self.engine.gpu_memory_fraction, free + torch.cuda.memory_reserved(device)))
+
+    def make_runner(self, share: ModelShare, phase: Phase) -> PagedRunner:
+        """Allocate the cache, and run the model once in each way that it will run: what is compiled, captured or
+        allocated at first use is paid for before the first request. Takes seconds on CUDA.
+
+        :raise Exception: the model cannot run; better now than at the first request.
+        """
+        sizes = RunnerSizes(
+            num_pages=share.num_pages,
+            page_tokens=share.page_tokens,
+            max_running=self.max_running,
+            max_context_tokens=min(self.needs.max_context_tokens, share.capacity_tokens),
+        )
+        with phase("cache"):
+            runner = PagedRunner(self.stack, sizes, tower=self.tower)
+        is_cuda = self.stack.device.type == "cuda"
+        if self.engine.compile == "on" or (self.engine.compile == "auto" and is_cuda):
+            with phase("compile"):
+                _compile(runner, self.stack)
+        with phase("warm-up"):
+            _warm_up(runner)
+        if is_cuda and self.engine.has_cuda_graphs:
+            with phase("graphs"):
+                runner.capture_graphs()
+                _warm_up(runner)
+        return runner
 
 
 def pick_device(setting: str) -> torch.device:
@@ -57,10 +107,8 @@ def pick_device(setting: str) -> torch.device:
     return device
 
 
-def load_model(
-    snapshot: Snapshot, *, device_setting: str, gpu_memory_fraction: float, limits: Limits, phase: Phase
-) -> LoadedModel:
-    """Load one model and run it once. Called in the loading thread; takes seconds.
+def load_model(snapshot: Snapshot, *, engine: EngineOptions, limits: Limits, phase: Phase) -> LoadedModel:
+    """Read one model's files and put its weights on the device. Called in the loading thread; takes seconds.
 
     :param phase: a context manager factory that names and times each phase.
     :raise Exception: whatever the libraries raise; the caller shows the phase and logs the rest.
@@ -68,9 +116,9 @@ def load_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with phase("device"):
-        device = pick_device(device_setting)
+        device = pick_device(engine.device)
         if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
+            torch.cuda.set_per_process_memory_fraction(engine.gpu_memory_fraction, device)
         dtype = _pick_dtype(snapshot, device)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with phase("tokenizer"):
@@ -95,26 +143,79 @@ def load_model(
         )
         _check_complete(report)
         model.eval()
-    with phase("encoder"):
-        encoder = _make_encoder(tokenizer, model, processor, limits)
-    runner = TransformersRunner(model, limits.prefill_chunk_tokens)
-    with phase("warm-up"):
-        _warm_up(runner, encoder)
+    return prepare_model(
+        model, tokenizer, processor, engine=engine, limits=limits, phase=phase, name=snapshot.model, device=device
+    )
+
+
+def prepare_model(
+    model: Any,
+    tokenizer: Any,
+    processor: Any,
+    *,
+    engine: EngineOptions,
+    limits: Limits,
+    phase: Phase,
+    name: str,
+    device: torch.device,
+) -> LoadedModel:
+    """The second half of `load_model`, for a model that is on its device already.
+
+    :param processor: the image processor of an image-text model, else None.
+    :raise LoadError: the engine does not know this class of model, or a feature of it.
+    """
+    kind = type(model).__name__
+    if kind not in KNOWN_CLASSES:
+        raise LoadError(f"the engine has no fast way to run {kind}; it knows {', '.join(KNOWN_CLASSES)}")
+    is_cuda = device.type == "cuda"
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.info(
-        "%s: %s, %.2f billion parameters, %.2f GB of weights",
-        snapshot.model,
-        type(model).__name__,
-        num_parameters / 1e9,
-        model.get_memory_footprint() / 1e9,
-    )
+    with phase("merge"):
+        stack = TextStack(model)
+        tower = None
+        if processor is not None:
+            tower = VisionTower(model.model.visual, device, stack.dtype, engine.picture_cache_bytes)
+        if is_cuda:
+            torch.cuda.empty_cache()
+    weights_bytes = stack.num_bytes + (0 if tower is None else tower.weights_bytes)
+    log.info("%s: %s, %.2f billion parameters, %.2f GB of weights", name, kind, num_parameters / 1e9, weights_bytes / 1e9)
+    context_tokens = min(limits.max_context_tokens, stack.shape.max_positions)
+    max_running = limits.max_running or (engine.max_running_cuda if is_cuda else engine.max_running_cpu)
     return LoadedModel(
-        encoder=encoder,
-        runner=runner,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None,
+        dtype=str(stack.dtype).removeprefix("torch."),
+        gpu_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if is_cuda else None,
+        max_running=max_running,
+        needs=ModelNeeds(
+            weights_bytes=weights_bytes,
+            workspace_bytes=_workspace_bytes(stack, tower, limits, engine, max_running) if is_cuda else 0,
+            kv_bytes_per_token=stack.shape.kv_bytes_per_token,
+            page_tokens=CUDA_PAGE_TOKENS if is_cuda else CPU_PAGE_TOKENS,
+            max_context_tokens=context_tokens,
+        ),
+        stack=stack,
+        tower=tower,
+        engine=engine,
+        make_encoder=lambda capacity: _make_encoder(
+            tokenizer, model, processor, limits, min(context_tokens, capacity - 1)
+        ),
     )
+
+
+def _workspace_bytes(
+    stack: TextStack, tower: VisionTower | None, limits: Limits, engine: EngineOptions, max_running: int
+) -> int:
+    """An upper estimate of what steps allocate beside weights and pages, from the shapes of their largest tensors."""
+    shape = stack.shape
+    # Of a layer's activations these live at the same time: residual, norm, attention's input and output, the MLP's.
+    widths = 4 * shape.hidden_size + 3 * shape.num_heads * shape.head_dim + 3 * shape.intermediate_size
+    activations = limits.max_step_tokens * widths * shape.dtype_bytes
+    # Logits, and what sampling makes of them: scores, noise and a few copies in float32, twice for two steps in flight.
+    sampling = max_running * shape.vocab_size * (shape.dtype_bytes + 10 * 4) * 2
+    tables = (max_running + 1) * shape.vocab_size * 5
+    pictures = 0
+    if tower is not None:
+        pictures = engine.picture_cache_bytes + limits.max_step_patches * tower.bytes_per_patch
+    return activations + sampling + tables + pictures + _CUDA_OVERHEAD_BYTES
 
 
 def _check_complete(report: Any) -> None:
@@ -158,40 +259,55 @@ def _longest_edge(processor: Any, limits: Limits) -> int:
     return min(int(own), limits.max_visual_px)
 
 
-def _make_encoder(tokenizer: Any, model: Any, processor: Any, limits: Limits) -> PromptEncoder:
+def _make_encoder(
+    tokenizer: Any, model: Any, processor: Any, limits: Limits, context_tokens: int
+) -> PromptEncoder:
     generation = model.generation_config
     config = model.config
     text_config = config.get_text_config()
     stop_ids: set[int] = set()
     for source in (generation.eos_token_id, text_config.eos_token_id, tokenizer.eos_token_id):
         stop_ids.update(source if isinstance(source, list) else [source] if source is not None else [])
-    names = ("top_p", "top_k", "repetition_penalty")
+    names = ("top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: getattr(generation, name, None) for name in names}
     return PromptEncoder(
         TextTokenizer(tokenizer),
         stop_ids=frozenset(stop_ids),
         generation_defaults={name: float(value) for name, value in given.items() if value is not None},
-        context_tokens=min(limits.max_context_tokens, int(text_config.max_position_embeddings)),
+        context_tokens=context_tokens,
         limits=limits,
         image_processor=processor,
         image_token_id=getattr(config, "image_token_id", None),
+        rope_index=model.model.get_rope_index if processor is not None else None,
     )
 
 
-def _warm_up(runner: TransformersRunner, encoder: PromptEncoder) -> None:
-    """Two steps on a tiny prompt: what is compiled or allocated at first use is paid for before the first request.
+def _compile(runner: PagedRunner, stack: TextStack) -> None:
+    """Compile the small operations, or go on without if this machine cannot: it costs speed, not answers."""
+    eager, stack.operations = stack.operations, SmallOperations.compiled()
+    try:
+        _warm_up(runner)
+    except Exception as error:  # no C compiler, an unwritable cache folder, a driver that Triton does not know
+        log.warning("torch.compile does not work here (%s), steps run uncompiled", type(error).__name__, exc_info=error)
+        stack.operations = eager
 
-    :raise Exception: the model cannot run; better now than at the first request.
-    """
-    options = SamplingOptions(2, 0.0, 1.0, 0, 1.0, 0, frozenset())
-    ids = tuple(encoder.tokenizer.encode_content("warm-up"))
-    sequence = Sequence("warm-up", ids, options, time.monotonic() + 3600, lambda _: False, lambda *_: None)
+
+def _warm_up(runner: PagedRunner) -> None:
+    """One prompt and two tokens, as the loop would run them, in a scheduler of its own."""
+    scheduler = Scheduler(KVCache(runner.num_pages, runner.page_tokens), SchedulerLimits(max_running=1))
+    options = SamplingOptions(2, 0.7, 0.9, 20, 1.0, 0, frozenset())
+    sequence = Sequence("warm-up", (0,) * 24, options, float("inf"), lambda _: False, lambda *_: None)
+    scheduler.add(sequence, 0.0)
     try:
         for _ in range(2):
-            (output,) = runner.step([sequence])
-            if output.error is not None:
-                raise output.error
-            if output.token_id is not None:
+            step = scheduler.next_step(0.0)
+            launched = runner.launch(step)
+            launched.wait()
+            for output in launched.outputs():
+                if output.error is not None:
+                    raise output.error
+                scheduler.record_row(output.row)
+                assert output.token_id is not None
                 sequence.output_ids.append(output.token_id)
     finally:
         runner.release(sequence)

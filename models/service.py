@@ -13,16 +13,18 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from config import Limits
+from config import EngineOptions, Limits
 from models.engine.loop import EngineLoop, Runner
+from models.engine.memory import Ledger, ModelNeeds, ModelShare, plan_memory
+from models.engine.scheduler import SchedulerLimits
 from models.errors import EngineDead, InternalError, LoadError, ModelNotConfigured, NotReady, QueueFull
-from models.metrics import ModelMetrics
+from models.metrics import CacheCollector, ModelMetrics
 from models.request import Encoder, OpenRequest, Surroundings
 from models.schemas import MODEL_NAMES, ImageRequest, ModelName, TextRequest
 from models.snapshots import Snapshot
@@ -36,18 +38,26 @@ _DEFAULT_RETRY_S = 5
 
 
 class Loaded(Protocol):
-    """What the service needs of `loader.LoadedModel`."""
+    """What the service needs of `loader.LoadedModel`: weights on their device, not yet running."""
 
-    @property
-    def encoder(self) -> Encoder: ...
-    @property
-    def runner(self) -> Runner: ...
     @property
     def device(self) -> str: ...
     @property
     def dtype(self) -> str: ...
     @property
     def gpu_uuid(self) -> str | None: ...
+    @property
+    def max_running(self) -> int: ...
+    def budget_bytes(self, all_weights_bytes: int) -> int:
+        """What all models together may take of the device, weights included."""
+
+    @property
+    def needs(self) -> ModelNeeds: ...
+    def make_encoder(self, capacity_tokens: int) -> Encoder: ...
+    def make_runner(self, share: ModelShare, phase: Phase) -> Runner: ...
+
+
+Phase = Callable[[str], AbstractContextManager[None]]
 
 
 Load = Callable[..., Loaded]
@@ -88,6 +98,15 @@ class ServiceSnapshot:
         return any(model.is_demo for model in self.models.values())
 
 
+@dataclass(frozen=True)
+class _Serving:
+    """A model that serves."""
+
+    encoder: Encoder
+    runner: Runner
+    max_running: int
+
+
 @dataclass
 class _Slot:
     """One configured model: how far it is, and its places. Guarded by the service's lock."""
@@ -95,6 +114,7 @@ class _Slot:
     snapshot: Snapshot
     state: ModelState = "loading"
     loaded: Loaded | None = None
+    serving: _Serving | None = None
     phases: dict[str, float] = field(default_factory=dict)
     phase: str | None = None
     phase_started: float = 0.0
@@ -116,9 +136,8 @@ class ModelService:
         self,
         snapshots: Mapping[ModelName, Snapshot],
         limits: Limits,
+        engine: EngineOptions | None = None,
         *,
-        device: str = "auto",
-        gpu_memory_fraction: float = 0.9,
         load: Load | None = None,
         clock: Callable[[], float] = time.monotonic,
         registry: CollectorRegistry | None = None,
@@ -126,8 +145,8 @@ class ModelService:
         self.limits = limits
         self.metrics = ModelMetrics(registry or CollectorRegistry())
         self._load = load
-        self._device = device
-        self._gpu_memory_fraction = gpu_memory_fraction
+        self._engine = engine or EngineOptions()
+        self._ledger: Ledger | None = None
         self.clock = clock
         self._lock = threading.Lock()
         self._slots = {name: _Slot(snapshot) for name, snapshot in snapshots.items()}
@@ -141,6 +160,8 @@ class ModelService:
             self.metrics.model_ready.labels(name).set(0)
             self.metrics.running.labels(name).set_function(lambda n=name: self._count(n)[0])  # type: ignore[misc]
             self.metrics.waiting.labels(name).set_function(lambda n=name: self._count(n)[1])  # type: ignore[misc]
+
+        self.metrics.registry.register(CacheCollector(lambda: self._loop.snapshot().caches))
 
     def start(self) -> None:
         """Start the engine's thread and load the models in the background. Returns at once."""
@@ -201,7 +222,8 @@ class ModelService:
         """
         with self._lock:
             slot, picture_bytes = self._admit(request)
-            assert slot.loaded is not None
+            assert slot.serving is not None
+            encoder = slot.serving.encoder
             opened = OpenRequest(
                 request,
                 self._surroundings,
@@ -214,7 +236,7 @@ class ModelService:
             slot.picture_bytes += picture_bytes
             self._open.add(opened)
         try:
-            opened.start(slot.loaded.encoder, is_abandoned)
+            opened.start(encoder, is_abandoned)
         except EngineDead:
             self._give_back(opened)
             raise NotReady("the engine has ended; a new one is on its way", retry_after_s=_DEFAULT_RETRY_S) from None
@@ -228,12 +250,12 @@ class ModelService:
         model = request.model
         self.check_configured(model)
         slot = self._slots[model]
-        if slot.state != "ready" or slot.loaded is None:
+        if slot.state != "ready" or slot.serving is None:
             raise NotReady(f"model {model}: {self._describe(model, slot)}", retry_after_s=_DEFAULT_RETRY_S)
         loop = self._loop.snapshot()
         if loop.is_dead or loop.stalled_s > self.limits.stall_limit_s:
             raise NotReady("the engine has ended; a new one is on its way", retry_after_s=_DEFAULT_RETRY_S)
-        num_places = self.limits.max_waiting + self.limits.max_running
+        num_places = self.limits.max_waiting + slot.serving.max_running
         if slot.num_places >= num_places:
             raise QueueFull(
                 f"model {model}: at most {num_places} requests at a time, got one more",
@@ -307,7 +329,7 @@ class ModelService:
 
     def device_memory(self) -> tuple[int, int]:
         """(allocated, reserved) bytes of the card as its allocator stood after the newest step; 0 on a CPU."""
-        readings = [slot.loaded.runner.memory_bytes for slot in self._slots.values() if slot.loaded]
+        readings = [slot.serving.runner.memory_bytes for slot in self._slots.values() if slot.serving]
         return max(readings, default=(0, 0))
 
     def _describe(self, name: ModelName, slot: _Slot) -> str:
@@ -328,38 +350,80 @@ class ModelService:
     # Loading, in its own thread.
 
     def _load_all(self) -> None:
+        """Weights of all models first: only then is it known what is left for their caches."""
         load = self._load
         for name, slot in self._slots.items():
-            timer = threading.Timer(self.limits.load_timeout_s, self._fail_slow_load, (name, slot))
-            timer.daemon = True
-            timer.start()
-            try:
+            with self._failing(name, slot):
                 if load is None:
                     with self._phase(name, slot, "libraries"):
                         load = importlib.import_module("models.loader").load_model
                 loaded = load(
                     slot.snapshot,
-                    device_setting=self._device,
-                    gpu_memory_fraction=self._gpu_memory_fraction,
+                    engine=self._engine,
                     limits=self.limits,
                     phase=lambda phase, n=name, s=slot: self._phase(n, s, phase),
                 )
-            except Exception as error:  # the libraries raise anything; the other model still gets its chance
-                log.exception("%s: loading failed", name)
-                what = str(error) if isinstance(error, LoadError) else f"{type(error).__name__}; the log has the rest"
                 with self._lock:
-                    slot.state = "failed"
-                    slot.failure = f"loading failed in phase {slot.phase}: {what}"
-                    slot.phase = None
-                continue
-            finally:
-                timer.cancel()
-            self._loop.add_model(name, loaded.runner, self.limits.max_running)
-            with self._lock:
-                slot.loaded, slot.state, slot.phase, slot.failure = loaded, "ready", None, None
-            self.metrics.model_ready.labels(name).set(1)
-            log.info("%s: ready in %.1f s on %s, %s", name, sum(slot.phases.values()), loaded.device, loaded.dtype)
+                    slot.loaded, slot.phase = loaded, None
+        loaded_slots = {name: slot for name, slot in self._slots.items() if slot.loaded and slot.state == "loading"}
+        for name, slot in loaded_slots.items():
+            with self._failing(name, slot):
+                self._start_model(name, slot, self._plan(loaded_slots).shares[name])
         self._has_settled.set()
+
+    def _plan(self, slots: Mapping[ModelName, _Slot]) -> Ledger:
+        """:raise LoadError: the models do not fit."""
+        if self._ledger is None:
+            loaded = {name: slot.loaded for name, slot in slots.items() if slot.loaded is not None}
+            needs = {name: model.needs for name, model in loaded.items()}
+            weights_bytes = sum(need.weights_bytes for need in needs.values())
+            budget = min(model.budget_bytes(weights_bytes) for model in loaded.values())
+            share = self._engine.avibe_cache_share
+            ledger = plan_memory(budget, needs, {"avibe": share, "avision": 1 - share})
+            for line in ledger.lines():
+                log.info("%s", line)
+            self.metrics.show_ledger(ledger)
+            self._ledger = ledger
+        return self._ledger
+
+    def _start_model(self, name: ModelName, slot: _Slot, share: ModelShare) -> None:
+        loaded, limits = slot.loaded, self.limits
+        assert loaded is not None
+        runner = loaded.make_runner(share, lambda phase: self._phase(name, slot, phase))
+        serving = _Serving(loaded.make_encoder(share.capacity_tokens), runner, loaded.max_running)
+        self._loop.add_model(
+            name,
+            runner,
+            SchedulerLimits(
+                max_running=loaded.max_running,
+                max_step_tokens=limits.max_step_tokens,
+                max_step_patches=limits.max_step_patches,
+                max_prefill_delay_s=limits.max_prefill_delay_s,
+            ),
+        )
+        with self._lock:
+            slot.serving, slot.state, slot.phase, slot.failure = serving, "ready", None, None
+        self.metrics.model_ready.labels(name).set(1)
+        log.info("%s: ready in %.1f s on %s, %s", name, sum(slot.phases.values()), loaded.device, loaded.dtype)
+
+    @contextmanager
+    def _failing(self, name: ModelName, slot: _Slot) -> Iterator[None]:
+        """What goes wrong in here fails this model: the other one still gets its chance."""
+        timer = threading.Timer(self.limits.load_timeout_s, self._fail_slow_load, (name, slot))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except Exception as error:  # the libraries raise anything
+            log.exception("%s: loading failed", name)
+            what = str(error) if isinstance(error, LoadError) else f"{type(error).__name__}; the log has the rest"
+            with self._lock:
+                slot.state = "failed"
+                where = f" in phase {slot.phase}" if slot.phase else ""
+                slot.failure = f"loading failed{where}: {what}"
+                slot.phase = None
+        finally:
+            timer.cancel()
 
     def _fail_slow_load(self, name: ModelName, slot: _Slot) -> None:
         with self._lock:

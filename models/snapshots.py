@@ -18,7 +18,12 @@ from models.schemas import ModelName
 DEMO_MARKER = "avito_demo.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_ARCHITECTURE_SUFFIX: dict[ModelName, str] = {"avibe": "ForCausalLM", "avision": "ForConditionalGeneration"}
+# The classes of transformers that the engine runs (models/engine/layers.py): it computes their layers itself.
+_CLASSES: dict[ModelName, tuple[str, ...]] = {
+    "avibe": ("Qwen3ForCausalLM", "LlamaForCausalLM"),
+    "avision": ("Qwen2_5_VLForConditionalGeneration",),
+}
+KNOWN_CLASSES = tuple(name for names in _CLASSES.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,10 @@ def _check(model: ModelName, path: str, tokenizer_path: str, dtype: DType) -> Sn
     folder = resolve_folder(path, setting)
     config = _read_json(folder / "config.json", setting)
     architectures = config.get("architectures") or []
-    suffix = _ARCHITECTURE_SUFFIX[model]
-    if not (isinstance(architectures, list) and architectures and str(architectures[0]).endswith(suffix)):
+    if not (isinstance(architectures, list) and architectures and architectures[0] in _CLASSES[model]):
         raise SnapshotError(
-            f"{setting}: {folder / 'config.json'} must name an architecture ...{suffix}, got {architectures}"
+            f"{setting}: the engine computes the layers of {', '.join(_CLASSES[model])} itself and knows no others; "
+            f"{folder / 'config.json'} names {architectures}"
         )
     _check_weights(folder, setting)
     tokenizer_setting = "AVIBE_TOKENIZER_PATH" if tokenizer_path else setting

@@ -1,9 +1,10 @@
-"""The one engine thread: schedule, run, deliver, for every model in turn.
+"""The one engine thread: schedule, launch, deliver, for every model in turn.
 
-After its warm-up, all calls of a runner happen in this thread, because CUDA-graph and generation state is per thread.
-The models share it fairly: the one that used less of the device so far goes next. A fault in one sequence ends that
-sequence; a step that raises ends the sequences of that step; `EngineDead` ends the loop, and the service is no longer
-alive.
+After its warm-up, all calls of a runner happen in this thread, because CUDA-graph state is per thread. A runner may have
+several steps under way: the next one is launched before the tokens of the one before are read, so that the device never
+waits for the host. The models share the device fairly: the one that used less of it so far goes first. A fault in one
+sequence ends that sequence; a step that raises ends the sequences of that step; `EngineDead` ends the loop, and the
+service is no longer alive.
 
 Knows token ids and times only. Text is made by the callbacks of `Sequence`.
 """
@@ -12,43 +13,99 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from models.engine.scheduler import Scheduler
-from models.engine.sequence import EndReason, Sequence, State
+from models.engine.kv_cache import KVCache
+from models.engine.scheduler import Row, Scheduler, SchedulerLimits, Step
+from models.engine.sequence import EndReason, Sequence, State, TokenLogprobs
 from models.errors import EngineDead
 
 log = logging.getLogger("avito.engine")
 
+# How often the thread looks which of two models' steps is done, and whether a host-side grammar is.
+_POLL_S = 0.0002
+
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step gave a sequence: a token id, or None while its prompt is still being read, or an error."""
+    """What one step gave a row: a token id, or None while its prompt is still being read, or an error.
 
-    sequence: Sequence
+    :param is_retryable: the error is a lack of memory; the sequence may start again.
+    """
+
+    row: Row
     token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
     error: Exception | None = None
+    is_retryable: bool = False
+
+    @property
+    def sequence(self) -> Sequence:
+        return self.row.sequence
+
+
+class LaunchedStep(Protocol):
+    """A step under way on the device."""
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once.
+
+        :raise EngineDead: the device cannot be used any more.
+        """
+
+    def wait(self) -> None:
+        """:raise EngineDead: the device cannot be used any more."""
+
+    def outputs(self) -> Iterable[StepOutput]:
+        """One for each row, after `wait`."""
 
 
 class Runner(Protocol):
-    """Runs steps of one model. Called in the loop's thread only."""
+    """Runs steps of one model. Called in the loop's thread only, but for the properties."""
 
-    def step(self, batch: Sequences[Sequence]) -> Iterable[StepOutput]:
-        """Advance every sequence of the batch by one step; one output for each, as they come.
+    @property
+    def num_pages(self) -> int:
+        """Pages of its cache, page 0 included, which takes what padding writes."""
+
+    @property
+    def page_tokens(self) -> int: ...
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """1: `launch` returns when the step is done. More: steps run on the device while the host goes on."""
+
+    def launch(self, step: Step) -> LaunchedStep:
+        """Start a step; its rows' tokens may depend on those of steps launched before.
 
         :raise EngineDead: the device cannot be used any more.
         """
 
     def release(self, sequence: Sequence) -> None:
-        """Give back what the runner holds for a sequence; called once for each that was ever in a batch, unless the
-        loop itself has ended."""
+        """Forget a sequence that left or was preempted, perhaps one that was never launched. Harmless if repeated."""
+
+    def zero_pages(self, pages: list[int]) -> None:
+        """What these pages hold is not to be trusted."""
 
     @property
     def memory_bytes(self) -> tuple[int, int]:
         """(allocated, reserved) on the device after the newest step; any thread may read it."""
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """Books of one model's pages. `queried_tokens` are prompt tokens looked up, `reused_tokens` those found."""
+
+    num_pages: int
+    num_used_pages: int
+    num_cached_pages: int
+    page_tokens: int
+    queried_tokens: int
+    reused_tokens: int
+    num_preemptions: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +116,29 @@ class LoopSnapshot:
     stalled_s: float
     num_waiting: dict[str, int]
     num_running: dict[str, int]
+    caches: dict[str, CacheSnapshot]
+
+
+@dataclass
+class _InFlight:
+    step: Step
+    launched: LaunchedStep
+    started: float
+
+
+@dataclass
+class _Model:
+    """One model in the loop. `used_s`: the time of the device that its steps took."""
+
+    runner: Runner
+    scheduler: Scheduler
+    used_s: float = 0.0
+    last_done: float = 0.0
+    in_flight: deque[_InFlight] = field(default_factory=deque)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.in_flight) >= self.runner.max_steps_in_flight
 
 
 class EngineLoop:
@@ -67,9 +147,7 @@ class EngineLoop:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._wake = threading.Condition()
-        self._schedulers: dict[str, Scheduler] = {}
-        self._runners: dict[str, Runner] = {}
-        self._used_s: dict[str, float] = {}
+        self._models: dict[str, _Model] = {}
         self._pending_since: float | None = None  # last sign of progress while there is work
         self._is_stopping = False
         self._is_dead = False
@@ -86,11 +164,9 @@ class EngineLoop:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def add_model(self, name: str, runner: Runner, max_running: int) -> None:
+    def add_model(self, name: str, runner: Runner, limits: SchedulerLimits) -> None:
         with self._wake:
-            self._schedulers[name] = Scheduler(max_running)
-            self._runners[name] = runner
-            self._used_s[name] = 0.0
+            self._models[name] = _Model(runner, Scheduler(KVCache(runner.num_pages, runner.page_tokens), limits))
 
     def add(self, name: str, sequence: Sequence) -> None:
         """Hand over a sequence. From here `on_end` is certain to be called once.
@@ -100,135 +176,212 @@ class EngineLoop:
         with self._wake:
             if self._is_dead or self._is_stopping:
                 raise EngineDead("the engine has ended")
-            scheduler = self._schedulers[name]
-            if not scheduler.has_work:
+            model = self._models[name]
+            if not model.scheduler.has_work:
                 # A model that was idle starts level with the others, it has no claim to the time it did not use.
-                busy = [self._used_s[other] for other, s in self._schedulers.items() if s.has_work]
-                self._used_s[name] = max(self._used_s[name], min(busy, default=0.0))
+                busy = [other.used_s for other in self._models.values() if other.scheduler.has_work]
+                model.used_s = max(model.used_s, min(busy, default=0.0))
             now = self._clock()
-            scheduler.add(sequence, now)
+            model.scheduler.add(sequence, now)
             if self._pending_since is None:
                 self._pending_since = now
             self._wake.notify_all()
 
     def cancel(self, name: str, sequence: Sequence) -> None:
-        """End a sequence: at once if it still waits, else after the step that is running."""
+        """End a sequence: at once if it never ran, else after the step that is running."""
         with self._wake:
             sequence.is_cancelled = True
-            was_waiting = sequence.state is State.WAITING and sequence in self._schedulers[name].waiting
+            scheduler = self._models[name].scheduler
+            # One that was preempted waits too, but has more to be let go of than its place in the queue.
+            was_waiting = sequence.started_at is None and sequence in scheduler.waiting
             if was_waiting:
-                self._schedulers[name].remove(sequence)
+                scheduler.remove(sequence)
                 self._note_idle()
         if was_waiting:
             self._end(sequence, "cancelled", None)
 
     def seconds_to_drain(self, name: str) -> float | None:
         with self._wake:
-            return self._schedulers[name].seconds_to_drain()
+            return self._models[name].scheduler.seconds_to_drain()
 
     def snapshot(self) -> LoopSnapshot:
         with self._wake:
             since = self._pending_since
+            schedulers = {name: model.scheduler for name, model in self._models.items()}
             return LoopSnapshot(
                 is_dead=self._is_dead,
                 stalled_s=0.0 if since is None else max(0.0, self._clock() - since),
-                num_waiting={name: len(s.waiting) for name, s in self._schedulers.items()},
-                num_running={name: len(s.running) for name, s in self._schedulers.items()},
+                num_waiting={name: len(s.waiting) for name, s in schedulers.items()},
+                num_running={name: s.num_running for name, s in schedulers.items()},
+                caches={name: _cache_snapshot(s) for name, s in schedulers.items()},
             )
 
     def _run(self) -> None:
         try:
-            while self._step():
+            while self._pass():
                 pass
             self._end_all("cancelled", None)
         except Exception as error:  # whatever it is, the loop has ended and everybody must learn it
             log.critical("engine loop ended: %r", error, exc_info=not isinstance(error, EngineDead))
             self._end_all("failed", error)
 
-    def _step(self) -> bool:
-        """One pass: wait for work, run one step of one model, deliver. False when the loop was told to stop."""
+    def _pass(self) -> bool:
+        """Wait for work, launch what there is room for, deliver what is done. False when told to stop."""
         with self._wake:
             self._note_idle()
-            self._wake.wait_for(lambda: self._is_stopping or any(s.has_work for s in self._schedulers.values()))
+            self._wake.wait_for(lambda: self._is_stopping or self._has_work)
             if self._is_stopping:
                 return False
-            name = min((n for n, s in self._schedulers.items() if s.has_work), key=self._used_s.__getitem__)
-            scheduler, runner = self._schedulers[name], self._runners[name]
-            started = self._clock()
-            batch, left = scheduler.next_batch(started)
-        for sequence, reason in left:
-            self._leave(runner, sequence, reason, None)
-        self._run_batch(name, batch, started)
-        with self._wake:
-            self._pending_since = self._clock()
+        has_launched = self._launch_steps()
+        if has_launched and not any(model.is_full for model in self._models.values()):
+            return True
+        name = self._next_done()
+        if name is not None:
+            self._collect(self._models[name])
+        elif not has_launched:
+            # Everybody waits for a host-side grammar, or has just left.
+            time.sleep(_POLL_S)
         return True
 
-    def _run_batch(self, name: str, batch: list[Sequence], started: float) -> None:
-        """Run one step and deliver each output as it comes: a runner that steps one by one shows progress in between.
+    @property
+    def _has_work(self) -> bool:
+        return any(model.scheduler.has_work or model.in_flight for model in self._models.values())
 
-        If the runner raises, the sequences that had no output yet end with that error. What goes wrong in delivering
-        is no fault of the step: it ends the loop, so that nobody is left without an end.
-        """
-        rest, mark = list(batch), started
-        for output in self._outputs(self._runners[name], rest):
-            rest.remove(output.sequence)
-            mark = self._finish_output(name, output, mark)
+    def _launch_steps(self) -> bool:
+        """Launch one step for each model that has room for it. Where `launch` itself takes the step's time, only for
+        the one that used least so far. True if anything was launched."""
+        has_launched = False
+        with self._wake:
+            models = sorted(self._models.values(), key=lambda model: model.used_s)
+        for model in models:
+            if model.is_full:
+                continue
+            with self._wake:
+                now = self._clock()
+                elsewhere = any(other.scheduler.is_decoding for other in models if other is not model)
+                step = model.scheduler.next_step(now, is_decoding_elsewhere=elsewhere)
+            for sequence in step.preempted:
+                model.runner.release(sequence)
+            for sequence, reason, error in step.left:
+                self._leave(model, sequence, reason, error)
+            if step.decodes or step.prefills:
+                self._launch(model, step, now)
+                has_launched = True
+                if model.runner.max_steps_in_flight == 1:
+                    break
+        return has_launched
 
-    def _outputs(self, runner: Runner, rest: list[Sequence]) -> Iterator[StepOutput]:
-        """The outputs of one step over `rest`, from which the caller takes each as it comes; a fault of the runner
-        becomes the output of those that are left."""
-        if not rest:
-            return
+    def _launch(self, model: _Model, step: Step, now: float) -> None:
         try:
-            yield from runner.step(list(rest))
+            launched = model.runner.launch(step)
+        except EngineDead:
+            raise
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(step.rows))
+            launched = _FailedStep(step, error)
+        model.in_flight.append(_InFlight(step, launched, now))
+
+    def _next_done(self) -> str | None:
+        """The model whose oldest step is done first; waits for it. None: no step is under way."""
+        names = [name for name, model in self._models.items() if model.in_flight]
+        if len(names) > 1:
+            while True:
+                for name in names:
+                    if self._models[name].in_flight[0].launched.is_done():
+                        return name
+                time.sleep(_POLL_S)
+        return names[0] if names else None
+
+    def _collect(self, model: _Model) -> None:
+        """Wait for a model's oldest step and deliver what it gave.
+
+        If the runner raises, the rows that had no output yet end with that error. What goes wrong in delivering is no
+        fault of the step: it ends the loop, so that nobody is left without an end.
+        """
+        flight = model.in_flight[0]
+        rest = {id(row): row for row in flight.step.rows}
+        for output in self._outputs(flight, rest):
+            if len(rest) == len(flight.step.rows):
+                self._record_time(model, flight)
+            rest.pop(id(output.row))
+            self._finish_output(model, output)
+        model.in_flight.popleft()
+
+    def _outputs(self, flight: _InFlight, rest: dict[int, Row]) -> Iterator[StepOutput]:
+        """The outputs of a step over `rest`, from which the caller takes each as it comes; a fault of the runner
+        becomes the output of those that are left."""
+        try:
+            flight.launched.wait()
+            yield from flight.launched.outputs()
         except EngineDead:
             raise
         except Exception as error:
             log.exception("a step failed, %d sequences had no output yet", len(rest))
-            yield from [StepOutput(sequence, error=error) for sequence in rest]
+            yield from [StepOutput(row, error=error) for row in rest.values()]
 
-    def _finish_output(self, name: str, output: StepOutput, mark: float) -> float:
-        """Deliver one output; `mark` is when the one before was done. Returns when this one was."""
-        scheduler = self._schedulers[name]
+    def _record_time(self, model: _Model, flight: _InFlight) -> None:
+        """Before any completion is counted: its last step belongs to it."""
         now = self._clock()
-        # Before the completion is counted: its last step belongs to it.
-        scheduler.record_step(now - mark)
+        seconds = now - max(flight.started, model.last_done)
+        with self._wake:
+            model.last_done = now
+            model.used_s += seconds
+            model.scheduler.record_step(flight.step, seconds)
+            self._pending_since = now
+
+    def _finish_output(self, model: _Model, output: StepOutput) -> None:
+        """Deliver one output, unless its sequence has left or lost its place since the step was planned."""
+        scheduler, sequence = model.scheduler, output.sequence
+        with self._wake:
+            if not scheduler.is_current(output.row):
+                return
+            if output.error is None:
+                scheduler.record_row(output.row)
+            has_retried = output.is_retryable and scheduler.retry(output.row)
+        if has_retried:
+            model.runner.release(sequence)
+            return
         end, error = self._deliver(output)
         if end is not None:
             with self._wake:
-                scheduler.remove(output.sequence)
+                tainted = scheduler.discard(sequence) if output.error is not None else []
+                scheduler.remove(sequence)
                 scheduler.record_completion()
-            self._leave(self._runners[name], output.sequence, end, error)
+            if tainted:
+                model.runner.zero_pages(tainted)
+            self._leave(model, sequence, end, error)
         with self._wake:
             self._pending_since = self._clock()
-            self._used_s[name] += now - mark
-        return now
 
     def _deliver(self, output: StepOutput) -> tuple[EndReason | None, Exception | None]:
-        sequence = output.sequence
+        sequence, sampling = output.sequence, output.sequence.sampling
         if output.error is not None:
             return "failed", output.error
         if output.token_id is None:
             return None, None
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
-        if output.token_id in sequence.sampling.stop_ids:
-            return "stop", None
-        sequence.output_ids.append(output.token_id)
         try:
+            if sequence.constraint is not None:
+                sequence.constraint.advance(output.token_id)
+            if output.token_id in sampling.stop_ids and not sampling.ignore_eos:
+                return "stop", None
+            sequence.output_ids.append(output.token_id)
+            if output.logprobs is not None:
+                sequence.logprobs.append(output.logprobs)
             is_stopped = sequence.on_token(output.token_id)
         except Exception as error:
             log.exception("[%s] a token could not be delivered", sequence.request_id)
             return "failed", error
         if is_stopped:
             return "stop", None
-        if len(sequence.output_ids) >= sequence.sampling.max_tokens:
+        if len(sequence.output_ids) >= sampling.max_tokens:
             return "length", None
         return None, None
 
-    def _leave(self, runner: Runner, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
+    def _leave(self, model: _Model, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
         if sequence.started_at is not None:
-            runner.release(sequence)
+            model.runner.release(sequence)
         self._end(sequence, reason, error)
 
     def _end(self, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
@@ -240,10 +393,7 @@ class EngineLoop:
         with self._wake:
             self._is_dead = True
             self._pending_since = None
-            rest = [sequence for s in self._schedulers.values() for sequence in (*s.running, *s.waiting)]
-            for scheduler in self._schedulers.values():
-                scheduler.running.clear()
-                scheduler.waiting.clear()
+            rest = [sequence for model in self._models.values() for sequence in model.scheduler.clear()]
         for sequence in rest:
             try:
                 self._end(sequence, reason, error)
@@ -251,5 +401,36 @@ class EngineLoop:
                 log.exception("[%s] the end could not be delivered", sequence.request_id)
 
     def _note_idle(self) -> None:
-        if not any(s.has_work for s in self._schedulers.values()):
+        if not any(model.scheduler.has_work for model in self._models.values()):
             self._pending_since = None
+
+
+class _FailedStep:
+    """A step that could not be launched."""
+
+    def __init__(self, step: Step, error: Exception) -> None:
+        self._step, self._error = step, error
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+    def outputs(self) -> Iterable[StepOutput]:
+        return [StepOutput(row, error=self._error) for row in self._step.rows]
+
+
+def _cache_snapshot(scheduler: Scheduler) -> CacheSnapshot:
+    cache = scheduler.cache
+    return CacheSnapshot(
+        num_pages=cache.num_pages - 1,
+        num_used_pages=cache.num_used_pages,
+        num_cached_pages=cache.num_cached_pages,
+        page_tokens=cache.page_tokens,
+        queried_tokens=cache.num_queried_tokens,
+        reused_tokens=cache.num_reused_tokens,
+        num_preemptions=scheduler.num_preemptions,
+    )
+
+

@@ -1,148 +1,531 @@
-"""The only caller of a model's forward: one step of each sequence of a batch, through the library's own model.
+"""The only caller of a model's forward: one step of many sequences, over paged keys and values.
 
-Each sequence has a key-value cache of its own and is run by itself; prompts are read in chunks, so that a long one
-does not keep the others, or a cancellation, waiting for all of it. A step gives a token to each sequence whose prompt
-has been read. Batched steps, pages and CUDA graphs will replace the inside of this file, not its two methods.
+A step is at most two forwards: one token for each sequence that is decoding, and one packed row of prompt chunks. What
+decoding needs of a sequence stays on the device, by slot: its newest token, its length, its pages, how it samples. So a
+step can be launched before the tokens of the step before have been read. On CUDA the decode forward, and that of short
+prompts, is a graph; on a CPU the same functions run as they are.
+
+Which rows a step has is decided by `scheduler.py`; how tokens are chosen by `sampling.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Sequences
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
 
-from models.engine.loop import StepOutput
-from models.engine.sampling import Sampler
+from models.engine.attention import AttentionPlan, PagedKV
+from models.engine.graphs import PREFILL_SIZES, Capture, GraphLadder, capture_cuda, decode_sizes
+from models.engine.layers import TextStack
+from models.engine.loop import LaunchedStep, StepOutput
+from models.engine.sampling import BatchSampler, HostSampled
+from models.engine.scheduler import Row, Step
 from models.engine.sequence import Sequence
-from models.errors import EngineDead, InternalError
+from models.engine.vision import VisionInputs, VisionTower
+from models.errors import EngineDead, InternalError, NumericError
+
+log = logging.getLogger("avito.engine")
+
+# Sequences in one captured prefill; more go the uncaptured way, which then is not bound by launches.
+_PREFILL_GRAPH_ROWS = 8
 
 
 @dataclass(frozen=True)
-class VisionInputs:
-    """What the processor made of a request's pictures.
-
-    :param pixel_values: (num_patches, channels * temporal * patch * patch), float32, on the CPU.
-    :param image_grid_thw: (num_images, 3), int64: patches in time, height and width.
+class RunnerSizes:
+    """
+    :param num_pages: pages of the cache, page 0 included.
+    :param max_running: sequences at a time.
+    :param max_context_tokens: most tokens of one sequence.
     """
 
-    pixel_values: torch.Tensor
-    image_grid_thw: torch.Tensor
-    image_token_id: int
+    num_pages: int
+    page_tokens: int
+    max_running: int
+    max_context_tokens: int
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_context_tokens // self.page_tokens)
+
+
+class _Device:
+    """How to hand data to the device without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.is_cuda else None
+
+    def put(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        """A tensor on the device. On CUDA the copy is ordered by the stream; its pinned source is kept until then by
+        PyTorch's host allocator."""
+        if not self.is_cuda:
+            return torch.as_tensor(data, dtype=dtype)
+        return torch.as_tensor(data, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
 
 @dataclass
-class _Running:
-    """What the runner holds for a sequence: its cache, sampler and the number of tokens in the cache.
+class _Part:
+    """The decodes or the prefills of a launched step: what they gave, or why they failed.
 
-    `position_offset` is added to the cache length to get the rotary position of the next token: pictures take fewer
-    positions than tokens (Qwen2.5-VL's `rope_deltas`).
+    :param sampled_rows: the rows that chose a token, in the order of `sampled`.
     """
 
-    cache: DynamicCache
-    sampler: Sampler
-    num_cached: int = 0
-    position_offset: int = 0
+    rows: list[Row]
+    sampled_rows: list[Row]
+    sampled: HostSampled | None = None
+    error: Exception | None = None
+    is_retryable: bool = False
+
+    def outputs(self) -> Iterable[StepOutput]:
+        if self.error is not None:
+            # The youngest first: whoever comes last to the front of the queue again is served first.
+            for row in reversed(self.rows):
+                yield StepOutput(row, error=self.error, is_retryable=self.is_retryable)
+            return
+        chosen = {id(row): index for index, row in enumerate(self.sampled_rows)}
+        for row in self.rows:
+            index = chosen.get(id(row))
+            if index is None:
+                yield StepOutput(row)
+                continue
+            assert self.sampled is not None
+            yield self._chosen(row, index, self.sampled)
+
+    @staticmethod
+    def _chosen(row: Row, index: int, sampled: HostSampled) -> StepOutput:
+        if not sampled.is_finite(index):
+            return StepOutput(row, error=NumericError("the model gave NaN or Inf; the request was ended"))
+        if not sampled.is_allowed(index):
+            return StepOutput(row, error=InternalError("the constraint of this request allows no token"))
+        return StepOutput(row, token_id=sampled.token_id(index), logprobs=sampled.logprobs(index))
 
 
-class TransformersRunner:
-    """Implements `loop.Runner` for `AutoModelForCausalLM` and Qwen2.5-VL models. The loop's thread only.
+class _Launched:
+    """Implements `loop.LaunchedStep`."""
 
-    :param model: on its device, in eval mode.
-    :param prefill_chunk_tokens: most prompt tokens of one sequence in one step. A prompt with pictures is one chunk.
+    def __init__(self, parts: list[_Part], event: torch.cuda.Event | None, on_done: Callable[[], None]) -> None:
+        self._parts, self._event, self._on_done = parts, event, on_done
+
+    def is_done(self) -> bool:
+        if self._event is None:
+            return True
+        try:
+            return self._event.query()
+        except torch.AcceleratorError as error:
+            raise _dead(error) from error
+
+    def wait(self) -> None:
+        if self._event is not None:
+            try:
+                self._event.synchronize()
+            except torch.AcceleratorError as error:
+                raise _dead(error) from error
+        self._on_done()
+
+    def outputs(self) -> Iterable[StepOutput]:
+        for part in self._parts:
+            yield from part.outputs()
+
+
+def _dead(error: Exception) -> EngineDead:
+    # An asynchronous CUDA error is sticky: every later call of this process fails too.
+    return EngineDead(f"the device failed: {type(error).__name__}")
+
+
+class PagedRunner:
+    """Implements `loop.Runner`. The loop's thread only, after `warm_up`.
+
+    :param tower: the vision tower of an image-text model.
+    :param max_steps_in_flight: steps launched before the first is read; default 2 on CUDA, 1 on a CPU, where launching
+        is computing.
+    :param capture: how to make graphs; default CUDA graphs on CUDA, none on a CPU.
     """
 
-    def __init__(self, model: Any, prefill_chunk_tokens: int) -> None:
-        self._model = model
-        self._device: torch.device = model.device
-        self._vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self._chunk = prefill_chunk_tokens
-        self._running: dict[Sequence, _Running] = {}
+    def __init__(
+        self,
+        stack: TextStack,
+        sizes: RunnerSizes,
+        *,
+        tower: VisionTower | None = None,
+        max_steps_in_flight: int | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        self._stack, self._sizes, self._tower = stack, sizes, tower
+        self._device = _Device(stack.device)
+        self.max_steps_in_flight = max_steps_in_flight or (2 if self._device.is_cuda else 1)
         # Kept here, so that no other thread has to ask CUDA while the engine runs.
         self.memory_bytes = (0, 0)
-
-    def step(self, batch: Sequences[Sequence]) -> Iterator[StepOutput]:
-        for sequence in batch:
-            yield self._step_one(sequence)
-        if self._device.type == "cuda":
-            self.memory_bytes = (
-                torch.cuda.memory_allocated(self._device),
-                torch.cuda.memory_reserved(self._device),
+        # Slot 0 belongs to nobody: the rows that pad a graph use it, and it writes to page 0.
+        num_slots, shape, device = sizes.max_running + 1, stack.shape, stack.device
+        self._capture = capture
+        with self._device.scope(), torch.inference_mode():
+            self._cache = PagedKV(
+                num_layers=shape.num_layers,
+                num_pages=sizes.num_pages,
+                page_tokens=sizes.page_tokens,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                dtype=stack.dtype,
+                device=device,
             )
-
-    def release(self, sequence: Sequence) -> None:
-        self._running.pop(sequence, None)
-
-    @torch.inference_mode()
-    def _step_one(self, sequence: Sequence) -> StepOutput:
-        try:
-            state = self._running.get(sequence)
-            if state is None:
-                sampler = Sampler(sequence.sampling, sequence.prompt_ids, self._vocab_size, self._device)
-                state = self._running[sequence] = _Running(DynamicCache(config=self._model.config), sampler)
-            logits = self._forward(sequence, state)
-            if logits is None:
-                return StepOutput(sequence)
-            return StepOutput(sequence, token_id=state.sampler.choose(logits, len(sequence.output_ids)))
-        except torch.OutOfMemoryError as error:
-            self.release(sequence)
-            torch.cuda.empty_cache()
-            return StepOutput(sequence, error=InternalError(f"the device ran out of memory ({type(error).__name__})"))
-        except torch.AcceleratorError as error:
-            # An asynchronous CUDA error is sticky: every later call of this process fails too.
-            raise EngineDead(f"the device failed: {type(error).__name__}") from error
-        except Exception as error:
-            return StepOutput(sequence, error=error)
-
-    def _forward(self, sequence: Sequence, state: _Running) -> torch.Tensor | None:
-        """Run the next chunk or token. Logits (vocab_size,) of the last position, None inside a prompt."""
-        num_prompt = len(sequence.prompt_ids)
-        if state.num_cached >= num_prompt:
-            return self._call(state, (sequence.output_ids[-1],), {})[0, -1]
-        if isinstance(sequence.vision, VisionInputs):
-            return self._call(state, sequence.prompt_ids, self._vision_arguments(sequence, state))[0, -1]
-        chunk = sequence.prompt_ids[state.num_cached : state.num_cached + self._chunk]
-        logits = self._call(state, chunk, {})
-        return logits[0, -1] if state.num_cached >= num_prompt else None
-
-    def _call(self, state: _Running, ids: Sequences[int], arguments: dict[str, Any]) -> torch.Tensor:
-        """Forward `ids`; logits (1, 1, vocab_size) of the last one."""
-        if "position_ids" not in arguments:
-            first = state.num_cached + state.position_offset
-            positions = torch.arange(first, first + len(ids), device=self._device)
-            # Qwen2.5-VL takes (3, batch, tokens), the others (batch, tokens); text is alike in all three axes.
-            shape = (3, 1, len(ids)) if self._is_multimodal else (1, len(ids))
-            arguments = {"position_ids": positions.expand(shape)}
-        output = self._model(
-            input_ids=torch.tensor([list(ids)], device=self._device),
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **arguments,
-        )
-        state.num_cached += len(ids)
-        logits: torch.Tensor = output.logits
-        return logits
+            self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+            self._lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)
+            self._rope_deltas = torch.zeros(num_slots, dtype=torch.int64, device=device)
+            self._page_table = torch.zeros(num_slots, sizes.max_pages, dtype=torch.int32, device=device)
+            self._counts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
+            self._row_slots = torch.zeros(sizes.max_running, dtype=torch.int64, device=device)
+            self._sampler = BatchSampler(num_slots, shape.vocab_size, device)
+        self._decode_rows: list[int] = []  # what `_row_slots` holds
+        self._slots: dict[Sequence, int] = {}
+        self._num_pages_known: dict[int, int] = {}
+        self._free_slots = list(range(sizes.max_running, 0, -1))
+        self._decode_graphs: GraphLadder | None = None
+        self._prefill_graphs: _PrefillGraphs | None = None
 
     @property
-    def _is_multimodal(self) -> bool:
-        return hasattr(self._model.config, "vision_config")
+    def num_pages(self) -> int:
+        return self._sizes.num_pages
 
-    def _vision_arguments(self, sequence: Sequence, state: _Running) -> dict[str, Any]:
-        vision = sequence.vision
-        assert isinstance(vision, VisionInputs)
-        ids = torch.tensor([sequence.prompt_ids], device=self._device)
-        grid = vision.image_grid_thw.to(self._device)
-        types = (ids == vision.image_token_id).int()
-        # The library would keep the offset on the model, shared by all requests; so it is computed and kept here.
-        positions, offset = self._model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)
-        state.position_offset = int(offset)
-        return {
-            "pixel_values": vision.pixel_values.to(self._device, self._model.dtype),
-            "image_grid_thw": grid,
-            "mm_token_type_ids": types,
-            "position_ids": positions,
-        }
+    @property
+    def page_tokens(self) -> int:
+        return self._sizes.page_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.num_bytes
+
+    @property
+    def num_slots_taken(self) -> int:
+        return len(self._slots)
+
+    @property
+    def has_graphs(self) -> bool:
+        return self._decode_graphs is not None
+
+    # Steps.
+
+    def launch(self, step: Step) -> LaunchedStep:
+        parts = []
+        with self._device.scope(), torch.inference_mode():
+            self._cache.copy(step.copies)
+            self._enter_rows(step.rows)
+            for run, rows in ((self._decode, step.decodes), (self._prefill, step.prefills)):
+                if rows:
+                    parts.append(self._guarded(run, rows))
+            event = None
+            if self._device.is_cuda:
+                event = torch.cuda.Event(blocking=True)
+                event.record()
+        return _Launched(parts, event, self._after_step)
+
+    def release(self, sequence: Sequence) -> None:
+        slot = self._slots.pop(sequence, None)
+        if slot is not None:
+            self._num_pages_known.pop(slot)
+            self._free_slots.append(slot)
+
+    def zero_pages(self, pages: list[int]) -> None:
+        with self._device.scope(), torch.inference_mode():
+            self._cache.zero(pages)
+
+    def _guarded(self, run: Callable[[list[Row]], _Part], rows: list[Row]) -> _Part:
+        """A part that fails does so by itself: what else the step has goes on."""
+        try:
+            return run(rows)
+        except torch.OutOfMemoryError as error:
+            log.warning("the device ran out of memory in a step of %d sequences: %s", len(rows), type(error).__name__)
+            if self._device.is_cuda:
+                torch.cuda.empty_cache()
+            return _Part(rows, [], error=InternalError("the device ran out of memory"), is_retryable=True)
+        except torch.AcceleratorError as error:
+            raise _dead(error) from error
+        except EngineDead:
+            raise
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(rows))
+            return _Part(rows, [], error=error)
+
+    def _after_step(self) -> None:
+        if self._device.is_cuda:
+            device = self._device.device
+            self.memory_bytes = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
+
+    def _enter_rows(self, rows: list[Row]) -> None:
+        """Give new sequences a slot, and tell the device about new pages, in one copy."""
+        entries: list[tuple[int, int, int]] = []
+        deltas: list[tuple[int, int]] = []
+        for row in rows:
+            slot = self._slots.get(row.sequence)
+            if slot is None:
+                slot = self._slots[row.sequence] = self._free_slots.pop()
+                self._num_pages_known[slot] = 0
+                self._sampler.set_slot(slot, row.sequence)
+                if self._stack.num_position_axes > 1:
+                    vision = row.sequence.vision
+                    deltas.append((slot, vision.rope_delta if isinstance(vision, VisionInputs) else 0))
+            known = self._num_pages_known[slot]
+            if len(row.pages) > known:
+                entries += [(slot, column, page) for column, page in enumerate(row.pages[known:], known)]
+                self._num_pages_known[slot] = len(row.pages)
+        if entries:
+            slots, columns, pages = self._device.put(entries).unbind(1)
+            self._page_table[slots, columns] = pages.int()
+        if deltas:
+            slots, values = self._device.put(deltas).unbind(1)
+            self._rope_deltas[slots] = values
+
+    def _sample(self, logits: Tensor, rows: list[Row], slots: Tensor, slot_ids: list[int]) -> tuple[Tensor, _Part]:
+        sampled = self._sampler.sample(logits, slot_ids, slots, rows)
+        return sampled.token_ids, _Part(rows, rows, sampled.start_copy())
+
+    # Decoding.
+
+    def _decode(self, rows: list[Row]) -> _Part:
+        slot_ids = [self._slots[row.sequence] for row in rows]
+        num = len(rows)
+        size = self._decode_graphs.size_for(num) if self._decode_graphs else None
+        padded = slot_ids + [0] * ((size or num) - num)
+        if padded != self._decode_rows:
+            self._row_slots[: len(padded)] = self._device.put(padded)
+            self._decode_rows = padded
+        slots = self._row_slots[:num]
+        if self._decode_graphs is not None and size is not None:
+            logits = self._decode_graphs.replay(size)[:num]
+        else:
+            page_tokens = self._sizes.page_tokens
+            width = max((row.end - 1) // page_tokens for row in rows) + 1
+            logits = self._decode_forward(slots, self._sizes.max_pages if self._device.is_cuda else width)
+        token_ids, part = self._sample(logits, rows, slots, slot_ids)
+        self._tokens[slots] = token_ids
+        self._lengths[slots] += 1
+        return part
+
+    def _decode_forward(self, slots: Tensor, width: int) -> Tensor:
+        """One token for each slot. Looks at nothing but buffers on the device, so it can be captured.
+
+        :param slots: (B,) int64.
+        :param width: pages of each sequence that are looked at.
+        :return: (B, vocab_size).
+        """
+        page_tokens = self._sizes.page_tokens
+        lengths = self._lengths[slots]
+        table = self._page_table[slots, :width]
+        pages = table.gather(1, (lengths // page_tokens)[:, None])[:, 0].long()
+        plan = AttentionPlan(
+            write_at=pages * page_tokens + lengths % page_tokens,
+            page_table=table,
+            num_keys=(lengths + 1).int(),
+            cu_queries=self._counts[: slots.shape[0] + 1],
+            max_queries=1,
+        )
+        positions = lengths + self._rope_deltas[slots]
+        if self._stack.num_position_axes > 1:
+            positions = positions.expand(3, -1)
+        hidden = self._stack.forward(self._stack.embed(self._tokens[slots]), positions, self._cache, plan)
+        return self._stack.logits(hidden)
+
+    # Prompts.
+
+    def _prefill(self, rows: list[Row]) -> _Part:
+        slot_ids = [self._slots[row.sequence] for row in rows]
+        hidden = self._stack.embed(self._device.put([id_ for row in rows for id_ in _known_ids(row)]))
+        if self._tower is not None:
+            self._put_pictures(hidden, rows, self._tower)
+        positions = self._positions(rows)
+        ends = [row.end - row.start for row in rows]
+        last = [sum(ends[: index + 1]) - 1 for index, row in enumerate(rows) if row.is_sampled]
+        sampled_rows = [row for row in rows if row.is_sampled]
+        logits = None
+        if self._prefill_graphs is not None and self._prefill_graphs.fits(rows):
+            logits = self._prefill_graphs.run(hidden, positions, self._prefill_plan(rows, slot_ids), last)
+        else:
+            output = self._stack.forward(hidden, positions, self._cache, self._prefill_plan(rows, slot_ids))
+            if last:
+                logits = self._stack.logits(output[self._device.put(last)])
+        if self._tower is not None:
+            self._tower.trim()
+        if logits is None or not sampled_rows:
+            return _Part(rows, [])
+        sampled_ids = [self._slots[row.sequence] for row in sampled_rows]
+        slots, lengths = self._device.put([sampled_ids, [row.end for row in sampled_rows]]).unbind(0)
+        token_ids, part = self._sample(logits, sampled_rows, slots, sampled_ids)
+        self._tokens[slots] = token_ids
+        self._lengths[slots] = lengths
+        return _Part(rows, sampled_rows, part.sampled)
+
+    def _prefill_plan(self, rows: list[Row], slot_ids: list[int]) -> AttentionPlan:
+        page_tokens = self._sizes.page_tokens
+        write_at = torch.cat([_places(row, page_tokens) for row in rows])
+        counts = [row.end - row.start for row in rows]
+        key_counts = [row.end for row in rows]
+        width = -(-max(key_counts) // page_tokens)
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        return AttentionPlan(
+            write_at=self._device.put(write_at),
+            page_table=self._page_table[self._device.put(slot_ids), :width],
+            num_keys=self._device.put(key_counts, torch.int32),
+            cu_queries=self._device.put(starts, torch.int32),
+            max_queries=max(counts),
+            query_counts=counts,
+            key_counts=key_counts,
+        )
+
+    def _positions(self, rows: list[Row]) -> Tensor:
+        if self._stack.num_position_axes == 1:
+            return self._device.put(torch.cat([torch.arange(row.start, row.end) for row in rows]))
+        return self._device.put(torch.cat([_picture_positions(row) for row in rows], dim=1))
+
+    def _put_pictures(self, hidden: Tensor, rows: list[Row], tower: VisionTower) -> None:
+        """Replace the placeholders' embeddings by what the vision tower makes of the pictures."""
+        wanted = []
+        for row in rows:
+            vision = row.sequence.vision
+            if not isinstance(vision, VisionInputs):
+                continue
+            for index, span in enumerate(row.sequence.pictures):
+                if span.start < row.end and span.start + span.num_tokens > row.start:
+                    wanted.append((span, vision.pixel_values[index], vision.grids[index]))
+        tower.encode(wanted)
+        offset = 0
+        for row in rows:
+            for span in row.sequence.pictures:
+                first, last = max(span.start, row.start), min(span.start + span.num_tokens, row.end)
+                if first < last:
+                    embeddings = tower.embeddings(span.key)[first - span.start : last - span.start]
+                    hidden[offset + first - row.start : offset + last - row.start] = embeddings
+            offset += row.end - row.start
+
+    # Before the first request.
+
+    def capture_graphs(self) -> None:
+        """Capture the decode forward over the ladder of batch sizes, and that of short prompts. Does nothing where
+        there is nothing to capture with (a CPU)."""
+        capture = self._capture
+        with self._device.scope(), torch.inference_mode():
+            if capture is None:
+                if self._device.stream is None:
+                    return
+                capture = capture_cuda(self._device.stream, torch.cuda.graph_pool_handle())
+            self._row_slots.zero_()
+            self._decode_rows = []
+
+            def make(size: int) -> Callable[[], Tensor]:
+                return lambda: self._decode_forward(self._row_slots[:size], self._sizes.max_pages)
+
+            ladder = GraphLadder(decode_sizes(self._sizes.max_running), make, capture)
+            prefills = _PrefillGraphs(self._stack, self._cache, self._sizes, self._device, capture)
+            self._decode_graphs, self._prefill_graphs = ladder, prefills
+
+    def drop_graphs(self) -> None:
+        self._decode_graphs = self._prefill_graphs = None
+
+
+class _PrefillGraphs:
+    """Captured forwards of short prompts: up to `_PREFILL_GRAPH_ROWS` sequences, padded up to a ladder of tokens.
+
+    The padding tokens are a sequence of their own, whose keys go to page 0.
+    """
+
+    def __init__(
+        self, stack: TextStack, cache: PagedKV, sizes: RunnerSizes, link: _Device, capture: Capture
+    ) -> None:
+        self._stack, self._cache, self._link = stack, cache, link
+        device, shape, rows = stack.device, stack.shape, _PREFILL_GRAPH_ROWS
+        # The padding's own pages must be within the page table too.
+        ladder = tuple(size for size in PREFILL_SIZES if size <= sizes.max_pages * sizes.page_tokens)
+        self._largest = largest = max(ladder, default=0)
+        axes = (3,) if stack.num_position_axes > 1 else ()
+        self._hidden = torch.zeros(largest, shape.hidden_size, dtype=stack.dtype, device=device)
+        self._positions = torch.zeros(*axes, largest, dtype=torch.int64, device=device)
+        self._write_at = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._page_table = torch.zeros(rows + 1, sizes.max_pages, dtype=torch.int32, device=device)
+        self._num_keys = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._cu_queries = torch.zeros(rows + 2, dtype=torch.int32, device=device)
+        self._last = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._ladder = GraphLadder(ladder, self._make, capture)
+
+    def _make(self, size: int) -> Callable[[], Tensor]:
+        # A valid input to capture with: all tokens are padding.
+        self._cu_queries.fill_(size)
+        self._cu_queries[0] = 0
+        self._num_keys.fill_(size)
+
+        def run() -> Tensor:
+            plan = AttentionPlan(
+                write_at=self._write_at[:size],
+                page_table=self._page_table,
+                num_keys=self._num_keys,
+                cu_queries=self._cu_queries,
+                max_queries=size,
+                query_counts=self._counts(),
+                key_counts=self._num_keys.tolist() if not self._num_keys.is_cuda else None,
+            )
+            output = self._stack.forward(self._hidden[:size], self._positions[..., :size], self._cache, plan)
+            return self._stack.logits(output[self._last])
+
+        return run
+
+    def _counts(self) -> list[int] | None:
+        """What attention needs on a CPU, where this runs in tests only."""
+        return None if self._cu_queries.is_cuda else self._cu_queries.diff().tolist()
+
+    def fits(self, rows: list[Row]) -> bool:
+        num_tokens = sum(row.end - row.start for row in rows)
+        return len(rows) <= _PREFILL_GRAPH_ROWS and num_tokens <= self._largest
+
+    def run(self, hidden: Tensor, positions: Tensor, plan: AttentionPlan, last: list[int]) -> Tensor:
+        """Logits (len(last), vocab_size) of the tokens at `last`, in a buffer that the next replay overwrites."""
+        num_tokens, num_rows = hidden.shape[0], plan.page_table.shape[0]
+        size = self._ladder.size_for(num_tokens)
+        assert size is not None
+        padding = size - num_tokens
+        self._hidden[:num_tokens] = hidden
+        self._positions[..., :num_tokens] = positions
+        self._positions[..., num_tokens:size] = 0
+        self._write_at[:num_tokens] = plan.write_at
+        self._write_at[num_tokens:size] = 0
+        self._page_table.zero_()
+        self._page_table[:num_rows, : plan.page_table.shape[1]] = plan.page_table
+        self._num_keys.zero_()
+        self._num_keys[:num_rows] = plan.num_keys
+        self._num_keys[num_rows] = padding
+        self._cu_queries.fill_(size)
+        self._cu_queries[: num_rows + 1] = plan.cu_queries
+        if last:
+            self._last[: len(last)] = self._link.put(last)
+        return self._ladder.replay(size)[: len(last)]
+
+
+def _known_ids(row: Row) -> list[int]:
+    """The ids of a row of a prompt; after preemption the answer so far is part of it."""
+    prompt, output = row.sequence.prompt_ids, row.sequence.output_ids
+    num_prompt = len(prompt)
+    return [*prompt[row.start : row.end], *output[max(0, row.start - num_prompt) : max(0, row.end - num_prompt)]]
+
+
+def _places(row: Row, page_tokens: int) -> Tensor:
+    """(tokens,) int64: where in the cache a row's new keys and values go."""
+    index = torch.arange(row.start, row.end)
+    return torch.tensor(row.pages)[index // page_tokens] * page_tokens + index % page_tokens
+
+
+def _picture_positions(row: Row) -> Tensor:
+    """(3, tokens) int64: rotary positions of a row of a prompt that may have pictures."""
+    vision = row.sequence.vision
+    if not isinstance(vision, VisionInputs):
+        return torch.arange(row.start, row.end).expand(3, -1)
+    num_prompt = vision.positions.shape[1]
+    after = torch.arange(max(row.start, num_prompt), max(row.end, num_prompt)) + vision.rope_delta
+    return torch.cat([vision.positions[:, row.start : row.end], after.expand(3, -1)], dim=1)

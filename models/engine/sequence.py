@@ -106,6 +106,7 @@ class Sequence:
 
     state: State = State.WAITING
     is_cancelled: bool = False
+    num_retries: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     added_at: float = 0.0
