@@ -5,7 +5,7 @@ ours. Attention: under `sdpa` the library splits at each window in a Python loop
 under a registered name that contains "flash" it makes one call with the bounds of all segments, which is the form of
 PyTorch's `varlen_attn`. The layout (window order, bounds, positions): computed from the grids on the host and passed
 in, so that the forward never waits for the device. The patch embedding: a convolution whose stride is its kernel is
-a matrix product, and as one it takes a quarter of the time.
+a matrix product, and as one it takes a quarter of the time on a CPU (1,024 patches of the 7B shape: 15 ms of 56).
 
 Knows nothing of requests, steps or prompts: the runner says which pictures a step needs, and when the step is over.
 """
