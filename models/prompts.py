@@ -5,11 +5,14 @@ pieces are encoded with the full tokenizer, and each content with a copy that ha
 (`split_special_tokens` would not do: it leaves added tokens that are not marked special, such as `<tool_call>`.)
 
 Pictures: `AutoImageProcessor`, and the placeholder of each expanded by ourselves to the number of visual tokens. The
-library's combined processor is not used: it insists on torchvision for videos, which we do not take.
+library's combined processor is not used: it insists on torchvision for videos, which we do not take. What the engine
+needs besides pixels (rotary positions, where each picture stands, a key of its content) is made here as well, in the
+request's thread: the loop has no time for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import threading
@@ -22,8 +25,8 @@ import torch
 from tokenizers import Tokenizer
 
 from config import Limits
-from models.engine.runner import VisionInputs
-from models.engine.sequence import SamplingOptions
+from models.engine.sequence import PictureSpan, SamplingOptions
+from models.engine.vision import VisionInputs
 from models.errors import InternalError, LoadError, PromptTooLong
 from models.images import decode
 from models.schemas import ImageRequest, Message, SamplingParams, TextRequest
@@ -32,12 +35,22 @@ from models.schemas import ImageRequest, Message, SamplingParams, TextRequest
 _PROBE = "Plain text 0123456789, простой текст: ёжик! 漢字 🎉"
 
 
+# (ids (1, tokens), token types (1, tokens), image grids (pictures, 3)) -> (positions (3, 1, tokens), delta (1, 1))
+RopeIndex = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """:param ids: token ids of the whole prompt, picture placeholders expanded."""
+    """What the engine takes: see `engine.sequence.Sequence` for `pictures` and `prefix_ids`.
+
+    :param ids: token ids of the whole prompt, picture placeholders expanded.
+    :param vision: None for text, as is `prefix_ids`.
+    """
 
     ids: tuple[int, ...]
     vision: VisionInputs | None = None
+    pictures: tuple[PictureSpan, ...] = ()
+    prefix_ids: tuple[int, ...] | None = None
 
 
 class TextTokenizer:
@@ -125,7 +138,10 @@ class PromptEncoder:
 
     :param generation_defaults: `top_p`, `top_k`, `repetition_penalty` of the snapshot's generation_config.json.
     :param context_tokens: most tokens of prompt and answer together.
-    :param image_processor: an image processor of transformers; None for a text model.
+    :param image_processor: an image processor of transformers; None for a text model, as are the next two.
+    :param image_token_id: the placeholder of pictures.
+    :param rope_index: rotary positions of a prompt with pictures, called with CPU tensors from any thread: the
+        library's own `get_rope_index`, which reads only the model's configuration.
     """
 
     def __init__(
@@ -138,6 +154,7 @@ class PromptEncoder:
         limits: Limits,
         image_processor: Any = None,
         image_token_id: int | None = None,
+        rope_index: RopeIndex | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
@@ -146,6 +163,7 @@ class PromptEncoder:
         self._limits = limits
         self._processor = image_processor
         self._image_token_id = image_token_id
+        self._rope_index = rope_index
         self._decode_slots = threading.BoundedSemaphore(limits.max_concurrent_decodes)
 
     def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> EncodedPrompt:
@@ -181,19 +199,38 @@ class PromptEncoder:
         # From the headers alone, before any picture is decoded.
         num_visual = sum(expected)
         self._check_length(len(ids) - len(expected) + num_visual, request.sampling.max_tokens, num_visual)
-        grids, patches = [], []
+        grids, pixels, keys = [], [], []
         for image in request.images:
             with self._decode_slot(check):
                 picture = decode(image.data, image.header, field=image.field)
                 features = self._processor(images=[picture], return_tensors="pt")
-            patches.append(features["pixel_values"])
-            grids.append(features["image_grid_thw"])
+                pixels.append(features["pixel_values"])
+                grids.append(features["image_grid_thw"])
+                keys.append(_picture_key(pixels[-1], grids[-1]))
         grid = torch.cat(grids)
-        counts = [int(n) // self._processor.merge_size**2 for n in grid.prod(-1)]
-        expanded = self._expand(ids, counts)
+        patches = grid.prod(-1).tolist()
+        counts = [num // self._processor.merge_size**2 for num in patches]
+        expanded, starts = self._expand(ids, counts)
         self._check_length(len(expanded), request.sampling.max_tokens, sum(counts))
-        assert self._image_token_id is not None
-        return EncodedPrompt(tuple(expanded), VisionInputs(torch.cat(patches), grid, self._image_token_id))
+        check()
+        prefix_ids = list(expanded)
+        for start, count, key in zip(starts, counts, keys, strict=True):
+            prefix_ids[start : start + count] = [_prefix_id(key)] * count
+        positions, delta = self._positions(expanded, grid)
+        return EncodedPrompt(
+            ids=tuple(expanded),
+            vision=VisionInputs(tuple(pixels), grid, positions, delta),
+            pictures=tuple(PictureSpan(*span) for span in zip(starts, counts, patches, keys, strict=True)),
+            prefix_ids=tuple(prefix_ids),
+        )
+
+    def _positions(self, ids: list[int], grid: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(3, tokens) and the delta, as `VisionInputs` has them."""
+        assert self._rope_index is not None and self._image_token_id is not None
+        row = torch.tensor([ids])
+        # Token types: 1 for a picture's placeholder, 0 for text.
+        positions, delta = self._rope_index(row, torch.eq(row, self._image_token_id).int(), grid)
+        return positions[:, 0].contiguous(), int(delta)
 
     @contextmanager
     def _decode_slot(self, check: Callable[[], None]) -> Iterator[None]:
@@ -213,14 +250,20 @@ class PromptEncoder:
         merge: int = self._processor.merge_size
         return patches // merge**2
 
-    def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
+    def _expand(self, ids: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
+        """The ids with each placeholder as often as its picture has tokens, and where each picture begins."""
         if ids.count(self._image_token_id or -1) != len(counts):
             raise InternalError("the model's chat template did not place every picture")
         remaining = iter(counts)
         expanded: list[int] = []
+        starts: list[int] = []
         for token_id in ids:
-            expanded += [token_id] * (next(remaining) if token_id == self._image_token_id else 1)
-        return expanded
+            if token_id == self._image_token_id:
+                starts.append(len(expanded))
+                expanded += [token_id] * next(remaining)
+            else:
+                expanded.append(token_id)
+        return expanded, starts
 
     def _check_length(self, num_prompt: int, max_tokens: int, num_visual: int = 0) -> None:
         if num_prompt + max_tokens > self.context_tokens:
@@ -230,3 +273,20 @@ class PromptEncoder:
                 f"{self.context_tokens} tokens, got {num_prompt + max_tokens}",
                 field="prompt",
             )
+
+
+def _picture_key(pixel_values: torch.Tensor, grid: torch.Tensor) -> bytes:
+    """16 bytes: equal for what the vision tower cannot tell apart. The same patches in another grid are another
+    picture. BLAKE2b because a user chooses the pictures, and must not find two of one key; 1 GB/s."""
+    digest = hashlib.blake2b(_bytes_of(grid), digest_size=16)
+    digest.update(_bytes_of(pixel_values))
+    return digest.digest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().numpy().data.cast("B")
+
+
+def _prefix_id(key: bytes) -> int:
+    """Stands for a picture's placeholders where prompts are compared: negative, so never a token id, and of 64 bits."""
+    return -(int.from_bytes(key[:7]) + 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from models.engine.loop import EngineLoop
-from models.engine.sequence import EndReason, SamplingOptions, Sequence
+from models.engine.sequence import EndReason, PictureSpan, SamplingOptions, Sequence
 from models.errors import DeadlineExceeded, InternalError, NumericError, RequestCancelled, ServiceError
 from models.metrics import ModelMetrics
 from models.schemas import Completion, ImageRequest, SamplingParams, TextRequest, Timing
@@ -36,6 +36,10 @@ class Encoded(Protocol):
     def ids(self) -> tuple[int, ...]: ...
     @property
     def vision(self) -> object | None: ...
+    @property
+    def pictures(self) -> tuple[PictureSpan, ...]: ...
+    @property
+    def prefix_ids(self) -> tuple[int, ...] | None: ...
 
 
 class Decoder(Protocol):
@@ -116,6 +120,8 @@ class OpenRequest:
             on_token=self._on_token,
             on_end=self._on_end,
             vision=prompt.vision,
+            pictures=prompt.pictures,
+            prefix_ids=prompt.prefix_ids,
         )
         around.loop.add(self.model, self._sequence)
         around.metrics.prompt_tokens.labels(self.model).inc(len(prompt.ids))

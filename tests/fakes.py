@@ -15,7 +15,7 @@ from typing import Any
 
 from config import Limits
 from models.engine.loop import StepOutput
-from models.engine.sequence import SamplingOptions, Sequence
+from models.engine.sequence import PictureSpan, SamplingOptions, Sequence
 from models.errors import PromptTooLong
 from models.schemas import ImageRequest, ModelName, SamplingParams, TextRequest
 from models.snapshots import Snapshot
@@ -28,6 +28,8 @@ GENEROUS_S = 20.0
 class FakePrompt:
     ids: tuple[int, ...]
     vision: object | None = None
+    pictures: tuple[PictureSpan, ...] = ()
+    prefix_ids: tuple[int, ...] | None = None
 
 
 class ByteTokenizer:

@@ -14,7 +14,11 @@ from config import PROJECT_ROOT
 MODULES = sorted([*PROJECT_ROOT.glob("*.py"), *PROJECT_ROOT.glob("models/**/*.py")])
 OURS = {".".join(file.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuffix(".__init__") for file in MODULES}
 # Who may import torch and transformers, Pillow, Flask.
-TORCH = {"models.prompts", "models.loader", "models.engine.attention", "models.engine.sampling", "models.engine.runner"}
+TORCH = {
+    "models.prompts",
+    "models.loader",
+    *(f"models.engine.{name}" for name in ("attention", "sampling", "runner", "vision")),
+}
 PILLOW = {"models.images"}
 # Top-level modules from the bottom to the top: each imports only from those before it and from `models`.
 LAYERS = [

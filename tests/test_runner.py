@@ -123,9 +123,9 @@ def test_greedy_pictures_equal_generate(vision_folder: Path, sizes: list[tuple[i
     theirs = generate(
         loaded.runner._model,  # type: ignore[attr-defined]
         prompt.ids,
-        pixel_values=prompt.vision.pixel_values,
-        image_grid_thw=prompt.vision.image_grid_thw,
-        mm_token_type_ids=(ids == prompt.vision.image_token_id).int(),
+        pixel_values=torch.cat(prompt.vision.pixel_values),
+        image_grid_thw=prompt.vision.grids,
+        mm_token_type_ids=(ids == loaded.runner._model.config.image_token_id).int(),  # type: ignore[attr-defined]
     )
     assert ours == theirs
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from models.engine.sequence import PictureSpan, Sequence
 from models.errors import (
     DeadlineExceeded,
     EngineDead,
@@ -23,7 +24,7 @@ from models.metrics import total
 from models.schemas import Completion, Message, SamplingParams, TextRequest
 from models.service import ModelService
 from models.streaming import Channel, Done, Failed
-from tests.fakes import GENEROUS_S, Clock, EchoRunner, EndlessRunner, FakeEncoder, FakeLoad, FakeLoaded
+from tests.fakes import GENEROUS_S, Clock, EchoRunner, EndlessRunner, FakeEncoder, FakeLoad, FakeLoaded, FakePrompt
 from tests.test_runner import image_request, picture
 
 MakeService = Callable[..., ModelService]
@@ -65,6 +66,23 @@ def test_answer_is_text_with_counts_and_times(make_service: MakeService) -> None
     timing = answer.timing
     assert 0 <= timing.queue_s <= timing.total_s and timing.time_to_first_token_s is not None
     assert timing.generation_s <= timing.total_s
+
+
+def test_sequence_gets_all_that_the_encoder_made_of_the_pictures(make_service: MakeService) -> None:
+    prompt = FakePrompt(
+        (1, 7, 7, 2), vision=object(), pictures=(PictureSpan(1, 2, 8, b"key"),), prefix_ids=(1, -5, -5, 2)
+    )
+
+    class PictureEncoder(FakeEncoder):
+        def encode(self, request: Any, check: Callable[[], None]) -> FakePrompt:
+            return prompt
+
+    seen: list[Sequence] = []
+    runner = EchoRunner(before_step=seen.extend)
+    completion(submit(make_service({"avibe": FakeLoaded(runner, PictureEncoder())})))
+    sequence = seen[0]
+    made = (sequence.prompt_ids, sequence.vision, sequence.pictures, sequence.prefix_ids)
+    assert made == (prompt.ids, prompt.vision, prompt.pictures, prompt.prefix_ids)
 
 
 def test_max_tokens_in_the_middle_of_a_character_ends_with_length(make_service: MakeService) -> None:
