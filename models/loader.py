@@ -23,6 +23,7 @@ from models.engine.kv_cache import KVCache
 from models.engine.layers import SmallOperations, TextStack
 from models.engine.memory import ModelNeeds, ModelShare
 from models.engine.runner import PagedRunner, RunnerSizes
+from models.engine.sampling import race
 from models.engine.scheduler import Scheduler, SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.engine.vision import VisionTower
@@ -82,7 +83,7 @@ class LoadedModel:
         is_cuda = self.stack.device.type == "cuda"
         if self.engine.compile == "on" or (self.engine.compile == "auto" and is_cuda):
             with phase("compile"):
-                _compile(runner, self.stack)
+                _compile(runner)
         with phase("warm-up"):
             _warm_up(runner)
         if is_cuda and self.engine.has_cuda_graphs:
@@ -177,7 +178,9 @@ def prepare_model(
         if is_cuda:
             torch.cuda.empty_cache()
     weights_bytes = stack.num_bytes + (0 if tower is None else tower.weights_bytes)
-    log.info("%s: %s, %.2f billion parameters, %.2f GB of weights", name, kind, num_parameters / 1e9, weights_bytes / 1e9)
+    log.info(
+        "%s: %s, %.2f billion parameters, %.2f GB of weights", name, kind, num_parameters / 1e9, weights_bytes / 1e9
+    )
     context_tokens = min(limits.max_context_tokens, stack.shape.max_positions)
     max_running = limits.max_running or (engine.max_running_cuda if is_cuda else engine.max_running_cpu)
     return LoadedModel(
@@ -259,9 +262,7 @@ def _longest_edge(processor: Any, limits: Limits) -> int:
     return min(int(own), limits.max_visual_px)
 
 
-def _make_encoder(
-    tokenizer: Any, model: Any, processor: Any, limits: Limits, context_tokens: int
-) -> PromptEncoder:
+def _make_encoder(tokenizer: Any, model: Any, processor: Any, limits: Limits, context_tokens: int) -> PromptEncoder:
     generation = model.generation_config
     config = model.config
     text_config = config.get_text_config()
@@ -282,14 +283,14 @@ def _make_encoder(
     )
 
 
-def _compile(runner: PagedRunner, stack: TextStack) -> None:
+def _compile(runner: PagedRunner) -> None:
     """Compile the small operations, or go on without if this machine cannot: it costs speed, not answers."""
-    eager, stack.operations = stack.operations, SmallOperations.compiled()
+    runner.use(SmallOperations.compiled(), torch.compile(race, dynamic=True))
     try:
         _warm_up(runner)
     except Exception as error:  # no C compiler, an unwritable cache folder, a driver that Triton does not know
         log.warning("torch.compile does not work here (%s), steps run uncompiled", type(error).__name__, exc_info=error)
-        stack.operations = eager
+        runner.use(SmallOperations(), race)
 
 
 def _warm_up(runner: PagedRunner) -> None:

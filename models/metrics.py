@@ -114,7 +114,7 @@ class CacheCollector:
         self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        books = {name: None for name in MODEL_NAMES} | dict(self._read())
+        books: dict[str, CacheSnapshot | None] = {**dict.fromkeys(MODEL_NAMES), **self._read()}
         for kind, name, meaning, value in _CACHE_METRICS:
             family = kind(name, meaning, labels=("model",))
             for model, book in books.items():

@@ -375,7 +375,7 @@ class ModelService:
         """:raise LoadError: the models do not fit."""
         if self._ledger is None:
             loaded = {name: slot.loaded for name, slot in slots.items() if slot.loaded is not None}
-            needs = {name: model.needs for name, model in loaded.items()}
+            needs: dict[str, ModelNeeds] = {name: model.needs for name, model in loaded.items()}
             weights_bytes = sum(need.weights_bytes for need in needs.values())
             budget = min(model.budget_bytes(weights_bytes) for model in loaded.values())
             share = self._engine.avibe_cache_share

@@ -59,8 +59,8 @@ def make_service() -> Iterator[Callable[..., ModelService]]:
     yield make
     for service in services:
         for slot in service._slots.values():
-            if slot.loaded is not None:
-                slot.loaded.runner.gate.set()  # type: ignore[attr-defined]
+            if slot.serving is not None:
+                slot.serving.runner.gate.set()  # type: ignore[attr-defined]
         service.stop(GENEROUS_S)
 
 

@@ -6,18 +6,20 @@ Everything between HTTP and the runner is the real thing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Sequences
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from config import Limits
+from config import EngineOptions, Limits
 from models.engine.loop import StepOutput
+from models.engine.memory import ModelNeeds, ModelShare
+from models.engine.scheduler import Row, Step
 from models.engine.sequence import PictureSpan, SamplingOptions, Sequence
 from models.errors import PromptTooLong
 from models.schemas import ImageRequest, ModelName, SamplingParams, TextRequest
+from models.service import Phase
 from models.snapshots import Snapshot
 
 END_ID = 256
@@ -58,6 +60,22 @@ class FakeEncoder:
         return SamplingOptions(params.max_tokens, params.temperature, 1.0, 0, 1.0, 0, frozenset({END_ID}))
 
 
+class FakeLaunched:
+    """A step of a fake runner: done at once."""
+
+    def __init__(self, outputs: Iterable[StepOutput]) -> None:
+        self._outputs = outputs
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+    def outputs(self) -> Iterable[StepOutput]:
+        return self._outputs
+
+
 class EchoRunner:
     """Answers a prompt with itself, byte by byte, then ends.
 
@@ -65,38 +83,54 @@ class EchoRunner:
     """
 
     memory_bytes = (0, 0)
+    page_tokens = 16
 
-    def __init__(self, before_step: Callable[[Sequences[Sequence]], None] | None = None) -> None:
+    def __init__(
+        self,
+        before_step: Callable[[Sequences[Sequence]], None] | None = None,
+        *,
+        num_pages: int = 100_000,
+        max_steps_in_flight: int = 1,
+    ) -> None:
+        self.num_pages = num_pages
+        self.max_steps_in_flight = max_steps_in_flight
         self.gate = threading.Event()
         self.gate.set()
         self.steps = threading.Semaphore(0)
         self.num_steps = 0
         self.released: list[Sequence] = []
+        self.zeroed: list[int] = []
         self._before_step = before_step
 
-    def step(self, batch: Sequences[Sequence]) -> list[StepOutput]:
+    def launch(self, step: Step) -> FakeLaunched:
         assert self.gate.wait(GENEROUS_S * 3)
         self.num_steps += 1
         self.steps.release()
         if self._before_step:
-            self._before_step(batch)
-        return [StepOutput(sequence, self._next(sequence)) for sequence in batch]
+            self._before_step([row.sequence for row in step.rows])
+        return FakeLaunched(self.outputs(step.rows))
+
+    def outputs(self, rows: list[Row]) -> Iterable[StepOutput]:
+        return [StepOutput(row, self._next(row)) if row.is_sampled else StepOutput(row) for row in rows]
 
     def release(self, sequence: Sequence) -> None:
         self.released.append(sequence)
 
+    def zero_pages(self, pages: list[int]) -> None:
+        self.zeroed += pages
+
     @staticmethod
-    def _next(sequence: Sequence) -> int:
-        position = len(sequence.output_ids)
-        return sequence.prompt_ids[position] if position < len(sequence.prompt_ids) else END_ID
+    def _next(row: Row) -> int:
+        prompt = row.sequence.prompt_ids
+        return prompt[row.num_chosen] if row.num_chosen < len(prompt) else END_ID
 
 
 class EndlessRunner(EchoRunner):
     """Never ends by itself: repeats the prompt's first byte."""
 
     @staticmethod
-    def _next(sequence: Sequence) -> int:
-        return sequence.prompt_ids[0]
+    def _next(row: Row) -> int:
+        return row.sequence.prompt_ids[0]
 
 
 @dataclass
@@ -106,6 +140,20 @@ class FakeLoaded:
     device: str = "cpu"
     dtype: str = "float32"
     gpu_uuid: str | None = None
+    max_running: int = 4
+    needs: ModelNeeds = field(default_factory=lambda: ModelNeeds(1000, 100, 1, 16, 16384))
+    memory_bytes: int = 1_000_000
+
+    def budget_bytes(self, all_weights_bytes: int) -> int:
+        return self.memory_bytes + all_weights_bytes
+
+    def make_encoder(self, capacity_tokens: int) -> FakeEncoder:
+        return self.encoder
+
+    def make_runner(self, share: ModelShare, phase: Phase) -> EchoRunner:
+        with phase("cache"):
+            self.share = share
+        return self.runner
 
 
 class FakeLoad:
@@ -121,16 +169,16 @@ class FakeLoad:
         self,
         snapshot: Snapshot,
         *,
-        device_setting: str,
-        gpu_memory_fraction: float,
+        engine: EngineOptions,
         limits: Limits,
-        phase: Callable[[str], AbstractContextManager[None]],
+        phase: Phase,
     ) -> FakeLoaded:
         with phase("weights"):
             assert self.gate.wait(GENEROUS_S)
             if snapshot.model in self.failures:
                 raise self.failures[snapshot.model]
-        return self.models[snapshot.model]
+        loaded = self.models[snapshot.model]
+        return replace(loaded, max_running=limits.max_running or loaded.max_running)
 
 
 def fake_snapshot(model: ModelName, is_demo: bool = False) -> Snapshot:

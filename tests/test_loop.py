@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from models.engine.loop import EngineLoop
+from models.engine.loop import EngineLoop, StepOutput
+from models.engine.scheduler import SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.errors import EngineDead, NumericError
 from tests.fakes import END_ID, GENEROUS_S, Clock, EchoRunner, EndlessRunner
@@ -44,14 +45,14 @@ def loop() -> Iterator[EngineLoop]:
     engine = EngineLoop(time.monotonic)
     engine.start()
     yield engine
-    for runner in engine._runners.values():
-        runner.gate.set()  # type: ignore[attr-defined]
+    for model in engine._models.values():
+        model.runner.gate.set()  # type: ignore[attr-defined]
     engine.stop(GENEROUS_S)
 
 
 def test_answer_ends_with_stop_and_is_released(loop: EngineLoop, ends: Ends) -> None:
     runner = EchoRunner()
-    loop.add_model("avibe", runner, max_running=2)
+    loop.add_model("avibe", runner, SchedulerLimits(2))
     sequence = ends.make("one")
     loop.add("avibe", sequence)
     assert ends.next() == ("one", "stop", None)
@@ -60,7 +61,7 @@ def test_answer_ends_with_stop_and_is_released(loop: EngineLoop, ends: Ends) -> 
 
 
 def test_answer_at_max_tokens_ends_with_length(loop: EngineLoop, ends: Ends) -> None:
-    loop.add_model("avibe", EndlessRunner(), max_running=2)
+    loop.add_model("avibe", EndlessRunner(), SchedulerLimits(2))
     loop.add("avibe", ends.make("one", max_tokens=3))
     assert ends.next() == ("one", "length", None)
 
@@ -68,7 +69,7 @@ def test_answer_at_max_tokens_ends_with_length(loop: EngineLoop, ends: Ends) -> 
 def test_waiting_sequence_is_cancelled_at_once_and_running_one_after_its_step(loop: EngineLoop, ends: Ends) -> None:
     runner = EndlessRunner()
     runner.gate.clear()
-    loop.add_model("avibe", runner, max_running=1)
+    loop.add_model("avibe", runner, SchedulerLimits(1))
     running, waiting = ends.make("running", max_tokens=10**9), ends.make("waiting")
     loop.add("avibe", running)
     loop.add("avibe", waiting)
@@ -82,7 +83,7 @@ def test_waiting_sequence_is_cancelled_at_once_and_running_one_after_its_step(lo
 
 
 def test_expired_sequence_ends_while_others_go_on(loop: EngineLoop, ends: Ends) -> None:
-    loop.add_model("avibe", EndlessRunner(), max_running=2)
+    loop.add_model("avibe", EndlessRunner(), SchedulerLimits(2))
     loop.add("avibe", ends.make("late", max_tokens=10**9, deadline=time.monotonic() + 0.05))
     loop.add("avibe", ends.make("other", max_tokens=10**9))
     assert ends.next() == ("late", "expired", None)
@@ -96,7 +97,7 @@ def test_step_that_raises_ends_its_batch_only(loop: EngineLoop, ends: Ends) -> N
         for failure in failures:
             raise failure
 
-    loop.add_model("avibe", EchoRunner(fail_once), max_running=1)
+    loop.add_model("avibe", EchoRunner(fail_once), SchedulerLimits(1))
     loop.add("avibe", ends.make("bad"))
     name, reason, error = ends.next()
     assert (name, reason, type(error)) == ("bad", "failed", ValueError)
@@ -109,7 +110,7 @@ def test_callback_that_raises_ends_its_sequence_only(loop: EngineLoop, ends: End
     def refuse(_: int) -> bool:
         raise RuntimeError("no text")
 
-    loop.add_model("avibe", EchoRunner(), max_running=2)
+    loop.add_model("avibe", EchoRunner(), SchedulerLimits(2))
     sequence = ends.make("bad")
     sequence.on_token = refuse
     loop.add("avibe", sequence)
@@ -121,15 +122,15 @@ def test_callback_that_raises_ends_its_sequence_only(loop: EngineLoop, ends: End
 
 def test_runner_that_raises_halfway_ends_only_those_without_an_output(loop: EngineLoop, ends: Ends) -> None:
     class Halfway(EchoRunner):
-        def step(self, batch: Any) -> Any:
-            for output in super().step(batch):
+        def outputs(self, rows: Any) -> Any:
+            for output in super().outputs(rows):
                 if output.sequence.request_id == "second":
                     raise ValueError("halfway")
                 yield output
 
     runner = Halfway()
     runner.gate.clear()
-    loop.add_model("avibe", runner, max_running=3)
+    loop.add_model("avibe", runner, SchedulerLimits(3))
     for name in ("first", "second", "third"):
         loop.add("avibe", ends.make(name))
     runner.gate.set()
@@ -144,7 +145,7 @@ def test_end_that_cannot_be_delivered_ends_the_loop_and_nobody_is_left_waiting(l
 
     runner = EchoRunner()
     runner.gate.clear()
-    loop.add_model("avibe", runner, max_running=1)
+    loop.add_model("avibe", runner, SchedulerLimits(1))
     bad = ends.make("bad", max_tokens=1)
     bad.on_end = refuse
     also_bad = ends.make("also bad")
@@ -158,15 +159,15 @@ def test_end_that_cannot_be_delivered_ends_the_loop_and_nobody_is_left_waiting(l
 
 def test_error_of_one_sequence_leaves_the_batch_alone(loop: EngineLoop, ends: Ends) -> None:
     class Picky(EchoRunner):
-        def step(self, batch: Any) -> Any:
-            outputs = super().step(batch)
+        def outputs(self, rows: Any) -> Any:
             return [
-                type(o)(o.sequence, error=NumericError("NaN")) if o.sequence.request_id == "bad" else o for o in outputs
+                StepOutput(o.row, error=NumericError("NaN")) if o.sequence.request_id == "bad" else o
+                for o in super().outputs(rows)
             ]
 
     runner = Picky()
     runner.gate.clear()
-    loop.add_model("avibe", runner, max_running=2)
+    loop.add_model("avibe", runner, SchedulerLimits(2))
     loop.add("avibe", ends.make("bad"))
     loop.add("avibe", ends.make("good"))
     runner.gate.set()
@@ -180,7 +181,7 @@ def test_dead_device_ends_the_loop_and_everybody(loop: EngineLoop, ends: Ends) -
 
     runner = EchoRunner(die)
     runner.gate.clear()
-    loop.add_model("avibe", runner, max_running=1)
+    loop.add_model("avibe", runner, SchedulerLimits(1))
     loop.add("avibe", ends.make("running"))
     loop.add("avibe", ends.make("waiting"))
     runner.gate.set()
@@ -194,7 +195,7 @@ def test_stop_ends_what_is_left_as_cancelled(ends: Ends) -> None:
     loop = EngineLoop(time.monotonic)
     loop.start()
     runner = EndlessRunner()
-    loop.add_model("avibe", runner, max_running=1)
+    loop.add_model("avibe", runner, SchedulerLimits(1))
     loop.add("avibe", ends.make("one", max_tokens=10**9))
     assert runner.steps.acquire(timeout=GENEROUS_S)
     loop.stop(GENEROUS_S)
@@ -203,7 +204,7 @@ def test_stop_ends_what_is_left_as_cancelled(ends: Ends) -> None:
 
 def test_stall_counts_only_while_work_is_pending(loop: EngineLoop, ends: Ends) -> None:
     runner = EchoRunner()
-    loop.add_model("avibe", runner, max_running=1)
+    loop.add_model("avibe", runner, SchedulerLimits(1))
     assert loop.snapshot().stalled_s == 0
     runner.gate.clear()
     loop.add("avibe", ends.make("one"))
@@ -229,8 +230,8 @@ def test_two_busy_models_share_the_device_by_time(ends: Ends) -> None:
     slow, fast = taking(4.0), taking(1.0)
     slow.gate.clear()
     loop = EngineLoop(clock)
-    loop.add_model("avision", slow, max_running=1)
-    loop.add_model("avibe", fast, max_running=1)
+    loop.add_model("avision", slow, SchedulerLimits(1))
+    loop.add_model("avibe", fast, SchedulerLimits(1))
     for name in ("avision", "avibe"):
         loop.add(name, ends.make(name, max_tokens=10**9, deadline=clock.now + 1000))
     loop.start()

@@ -1,4 +1,4 @@
-"""The real runner on tiny random models of the true classes, against `generate`."""
+"""The real runner, scheduler, cache and loop on tiny random models of the true classes, against `generate`."""
 
 from __future__ import annotations
 
@@ -6,38 +6,69 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from config import Limits
-from models.engine.runner import TransformersRunner
+from config import EngineOptions, Limits
+from models.engine.graphs import Run
+from models.engine.loop import EngineLoop
+from models.engine.runner import PagedRunner, RunnerSizes
+from models.engine.scheduler import SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
-from models.errors import LoadError, NumericError
+from models.errors import InternalError, LoadError, NumericError
 from models.images import read_header
 from models.loader import LoadedModel, load_model
+from models.prompts import PromptEncoder
 from models.schemas import ImageInput, ImageRequest, Message, SamplingParams, TextRequest
 from models.snapshots import Snapshot
 
 NUM_TOKENS = 24
 
 
-def load(folder: Path, model: Any, **limits: Any) -> LoadedModel:
+@dataclass
+class Served:
+    """A model ready to be stepped, and the same one as the library runs it."""
+
+    loaded: LoadedModel
+    encoder: PromptEncoder
+    folder: Path
+    _reference: list[Any] = field(default_factory=list)
+
+    def runner(self, **given: Any) -> PagedRunner:
+        """Small pages, so that every test crosses several."""
+        sizes: dict[str, Any] = dict(num_pages=400, page_tokens=4, max_running=8, max_context_tokens=1024)
+        options = {key: given.pop(key) for key in ("max_steps_in_flight", "capture") if key in given}
+        sizes.update(given)
+        runner = PagedRunner(self.loaded.stack, RunnerSizes(**sizes), tower=self.loaded.tower, **options)
+        if "capture" in options:
+            runner.capture_graphs()
+        return runner
+
+    @property
+    def reference(self) -> Any:
+        if not self._reference:
+            kind: Any = AutoModelForCausalLM if self.loaded.tower is None else AutoModelForImageTextToText
+            self._reference.append(kind.from_pretrained(self.folder, dtype=torch.float32).eval())
+        return self._reference[0]
+
+
+def load(folder: Path, model: Any, **limits: Any) -> Served:
     snapshot = Snapshot(model, folder, folder, "auto", "", False)
-    return load_model(
-        snapshot,
-        device_setting="cpu",
-        gpu_memory_fraction=0.9,
-        limits=Limits(**limits),
-        phase=lambda _: nullcontext(),
+    loaded = load_model(
+        snapshot, engine=EngineOptions(device="cpu"), limits=Limits(**limits), phase=lambda _: nullcontext()
     )
+    return Served(loaded, loaded.make_encoder(100_000), folder)
 
 
-def make_sequence(ids: tuple[int, ...], vision: object = None, **sampling: Any) -> Sequence:
+def make_sequence(ids: tuple[int, ...], prompt: Any = None, **sampling: Any) -> Sequence:
     options: dict[str, Any] = dict(
         max_tokens=NUM_TOKENS,
         temperature=0.0,
@@ -48,17 +79,52 @@ def make_sequence(ids: tuple[int, ...], vision: object = None, **sampling: Any) 
         stop_ids=frozenset(),
     )
     options.update(sampling)
-    return Sequence("t", ids, SamplingOptions(**options), 1e18, lambda _: False, lambda *_: None, vision)
+    sequence = Sequence("t", ids, SamplingOptions(**options), 1e18, lambda _: False, lambda *_: None)
+    if prompt is not None:
+        sequence.vision, sequence.pictures, sequence.prefix_ids = prompt.vision, prompt.pictures, prompt.prefix_ids
+    return sequence
 
 
-def run(runner: Any, *sequences: Sequence, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
-    """Step all sequences together until each has its tokens."""
-    while any(len(s.output_ids) < num_tokens for s in sequences):
-        for output in runner.step([s for s in sequences if len(s.output_ids) < num_tokens]):
-            assert output.error is None
-            if output.token_id is not None:
-                output.sequence.output_ids.append(output.token_id)
-    return [s.output_ids for s in sequences]
+class Ends:
+    """How sequences ended: reason and error."""
+
+    def __init__(self, *sequences: Sequence) -> None:
+        self.seen: dict[Sequence, tuple[str, Exception | None]] = {}
+        for sequence in sequences:
+            sequence.on_end = self._on_end
+
+    def _on_end(self, sequence: Sequence, reason: str, error: Exception | None) -> None:
+        assert sequence not in self.seen, "ended twice"
+        self.seen[sequence] = (reason, error)
+
+
+def step_all(
+    runner: PagedRunner, *sequences: Sequence, limits: SchedulerLimits | None = None, loop: EngineLoop | None = None
+) -> Ends:
+    """The engine's loop, pass by pass in this thread, until everybody has ended."""
+    if loop is None:
+        loop = EngineLoop(lambda: 0.0)
+        loop.add_model("m", runner, limits or SchedulerLimits(max_running=8, max_step_tokens=4096))
+    ends = Ends(*sequences)
+    for sequence in sequences:
+        loop.add("m", sequence)
+    for _ in range(10_000):
+        if len(ends.seen) == len(sequences):
+            break
+        assert loop._pass()
+    assert len(ends.seen) == len(sequences)
+    while loop._models["m"].in_flight:
+        loop._pass()
+    cache = loop._models["m"].scheduler.cache
+    assert (cache.num_used_pages, runner.num_slots_taken) == (0, 0), "something was not given back"
+    return ends
+
+
+def run(runner: PagedRunner, *sequences: Sequence, **options: Any) -> list[list[int]]:
+    """The answers, all of which must be complete."""
+    ends = step_all(runner, *sequences, **options)
+    assert {end for end, _ in ends.seen.values()} <= {"length", "stop"}, ends.seen.values()
+    return [sequence.output_ids for sequence in sequences]
 
 
 def generate(model: Any, ids: tuple[int, ...], **inputs: Any) -> list[int]:
@@ -74,8 +140,30 @@ def generate(model: Any, ids: tuple[int, ...], **inputs: Any) -> list[int]:
     return list(output[0, len(ids) :].tolist())
 
 
-def text_ids(loaded: LoadedModel, text: str) -> tuple[int, ...]:
-    return loaded.encoder.encode(TextRequest((Message("user", text),), SamplingParams(8, 0.0)), lambda: None).ids
+def generate_pictures(served: Served, prompt: Any) -> list[int]:
+    ids = torch.tensor([prompt.ids])
+    return generate(
+        served.reference,
+        prompt.ids,
+        pixel_values=torch.cat(prompt.vision.pixel_values),
+        image_grid_thw=prompt.vision.grids,
+        mm_token_type_ids=(ids == served.reference.config.image_token_id).int(),
+    )
+
+
+def replayed(run: Run) -> Run:
+    """What a CUDA graph is to its caller, on a CPU: the same computation into the same output buffer."""
+    output = run().clone()
+
+    def replay() -> torch.Tensor:
+        output.copy_(run())
+        return output
+
+    return replay
+
+
+def text_ids(served: Served, text: str) -> tuple[int, ...]:
+    return served.encoder.encode(TextRequest((Message("user", text),), SamplingParams(8, 0.0)), lambda: None).ids
 
 
 def picture(width: int, height: int, seed: int = 0) -> ImageInput:
@@ -90,92 +178,233 @@ def image_request(text: str, *images: ImageInput) -> ImageRequest:
     return ImageRequest((Message("user", text),), images, SamplingParams(8, 0.0))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_folder", "llama_folder"])
-def test_greedy_text_equals_generate(kind: str, request: pytest.FixtureRequest) -> None:
-    loaded = load(request.getfixturevalue(kind), "avibe")
-    for text in ("Привет, как дела?", "The quick brown fox", "x"):
-        ids = text_ids(loaded, text)
-        assert run(loaded.runner, make_sequence(ids))[0] == generate(loaded.runner._model, ids)  # type: ignore[attr-defined]
+PROMPTS = ("Привет, как дела?", "The quick brown fox", "x", "Съешь ещё этих мягких французских булок " * 3, "one two")
 
 
-def test_prompt_read_in_chunks_equals_generate(qwen3_folder: Path) -> None:
-    loaded = load(qwen3_folder, "avibe", prefill_chunk_tokens=5)
-    ids = text_ids(loaded, "Съешь ещё этих мягких французских булок")
-    assert len(ids) > 15
-    assert run(loaded.runner, make_sequence(ids))[0] == generate(loaded.runner._model, ids)  # type: ignore[attr-defined]
+def encode_pictures(served: Served, text: str, *pictures: ImageInput) -> Any:
+    return served.encoder.encode(image_request(text, *pictures), lambda: None)
 
 
-def test_sequences_stepped_together_equal_single_ones(qwen3_folder: Path) -> None:
-    loaded = load(qwen3_folder, "avibe", prefill_chunk_tokens=7)
-    prompts = [text_ids(loaded, text) for text in ("one", "two and a half", "трижды три " * 5)]
-    alone = [run(loaded.runner, make_sequence(ids, temperature=0.9, seed=5))[0] for ids in prompts]
-    together = run(loaded.runner, *(make_sequence(ids, temperature=0.9, seed=5) for ids in prompts))
-    assert together == alone
+@pytest.fixture(scope="session")
+def qwen3(qwen3_folder: Path) -> Served:
+    return load(qwen3_folder, "avibe")
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> Served:
+    return load(llama_folder, "avibe")
+
+
+@pytest.fixture(scope="session")
+def vision(vision_folder: Path) -> Served:
+    return load(vision_folder, "avision")
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def text_model(request: pytest.FixtureRequest) -> Served:
+    served: Served = request.getfixturevalue(request.param)
+    return served
+
+
+def expected_texts(served: Served) -> list[list[int]]:
+    return [generate(served.reference, text_ids(served, text)) for text in PROMPTS]
+
+
+def test_greedy_alone_equals_generate(text_model: Served) -> None:
+    runner = text_model.runner()
+    ours = [run(runner, make_sequence(text_ids(text_model, text)))[0] for text in PROMPTS]
+    assert ours == expected_texts(text_model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"max_steps_in_flight": 2}, id="pipelined"),
+        pytest.param({"capture": replayed}, id="graphs"),
+        pytest.param({"capture": replayed, "max_steps_in_flight": 2, "page_tokens": 32}, id="graphs-pipelined"),
+    ],
+)
+def test_greedy_batched_equals_generate(text_model: Served, options: dict[str, Any]) -> None:
+    sequences = [make_sequence(text_ids(text_model, text)) for text in PROMPTS]
+    assert run(text_model.runner(**options), *sequences) == expected_texts(text_model)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 17])
+def test_prompts_read_in_chunks_equal_generate(text_model: Served, budget: int) -> None:
+    sequences = [make_sequence(text_ids(text_model, text)) for text in PROMPTS]
+    limits = SchedulerLimits(max_running=3, max_step_tokens=budget, min_chunk_tokens=1)
+    assert run(text_model.runner(), *sequences, limits=limits) == expected_texts(text_model)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_preempted_sequences_equal_generate(text_model: Served, depth: int) -> None:
+    """Pages for about two of five sequences: the young are computed again, and nobody's answer changes."""
+    sequences = [make_sequence(text_ids(text_model, text)) for text in PROMPTS]
+    longest = max(len(sequence.prompt_ids) for sequence in sequences)
+    runner = text_model.runner(num_pages=(longest + 2 * NUM_TOKENS) // 4 + 12, max_steps_in_flight=depth)
+    loop = EngineLoop(lambda: 0.0)
+    loop.add_model("m", runner, SchedulerLimits(max_running=8))
+    assert run(runner, *sequences, loop=loop) == expected_texts(text_model)
+    assert loop.snapshot().caches["m"].num_preemptions > 0
+
+
+def test_reused_prefixes_equal_generate(text_model: Served) -> None:
+    """The same prompt again, and one that parts from it in the middle of a page."""
+    runner = text_model.runner(page_tokens=16)
+    loop = EngineLoop(lambda: 0.0)
+    loop.add_model("m", runner, SchedulerLimits(max_running=8))
+    first = text_ids(text_model, "Съешь ещё этих мягких французских булок, да выпей чаю.")
+    other = (*first[: len(first) - 12], *reversed(first[-12:]))
+    for ids in (first, first, other, first):
+        assert run(runner, make_sequence(ids), loop=loop) == [generate(text_model.reference, ids)]
+    books = loop.snapshot().caches["m"]
+    assert books.reused_tokens >= 3 * (len(first) - 12) - 16
+
+
+def test_sampled_answer_does_not_depend_on_the_batch(qwen3: Served) -> None:
+    def make(index: int) -> Sequence:
+        extras = [
+            {},
+            {"top_p": 0.8},
+            {"top_k": 7, "repetition_penalty": 1.3},
+            {"presence_penalty": 0.5},
+            {"min_p": 0.02},
+        ]
+        return make_sequence(text_ids(qwen3, PROMPTS[index]), temperature=0.9, seed=5 + index, **extras[index])
+
+    alone = [run(qwen3.runner(), make(index))[0] for index in range(5)]
+    assert run(qwen3.runner(), *map(make, range(5))) == alone
+    assert run(qwen3.runner(capture=replayed, max_steps_in_flight=2), *map(make, range(5))) == alone
+    tight = SchedulerLimits(max_running=2, max_step_tokens=7, min_chunk_tokens=1)
+    assert run(qwen3.runner(num_pages=60), *map(make, range(5)), limits=tight) == alone
 
 
 @pytest.mark.parametrize("sizes", [[(84, 56)], [(1, 1)], [(140, 84), (56, 112)]])
-def test_greedy_pictures_equal_generate(vision_folder: Path, sizes: list[tuple[int, int]]) -> None:
-    loaded = load(vision_folder, "avision")
-    prompt = loaded.encoder.encode(image_request("What is it?", *(picture(*size) for size in sizes)), lambda: None)
-    ours = run(loaded.runner, make_sequence(prompt.ids, prompt.vision))[0]
-    assert prompt.vision is not None
-    ids = torch.tensor([prompt.ids])
-    theirs = generate(
-        loaded.runner._model,  # type: ignore[attr-defined]
-        prompt.ids,
-        pixel_values=torch.cat(prompt.vision.pixel_values),
-        image_grid_thw=prompt.vision.grids,
-        mm_token_type_ids=(ids == loaded.runner._model.config.image_token_id).int(),  # type: ignore[attr-defined]
-    )
-    assert ours == theirs
+def test_greedy_pictures_equal_generate(vision: Served, sizes: list[tuple[int, int]]) -> None:
+    prompt = encode_pictures(vision, "What is it?", *(picture(*size) for size in sizes))
+    assert run(vision.runner(), make_sequence(prompt.ids, prompt)) == [generate_pictures(vision, prompt)]
 
 
-def test_interleaved_pictures_equal_single_ones(vision_folder: Path) -> None:
-    """The library keeps rotary offsets on the model; ours must not mix those of several requests."""
-    loaded = load(vision_folder, "avision")
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({}, {}),
+        ({"max_steps_in_flight": 2, "capture": replayed}, {}),
+        ({}, {"max_step_tokens": 5, "min_chunk_tokens": 1}),
+        ({}, {"max_step_patches": 1}),
+        ({"num_pages": 60}, {}),
+    ],
+    ids=["plain", "graphs-pipelined", "chunks", "one-picture-a-step", "few-pages"],
+)
+def test_mixed_batch_of_pictures_and_text_equals_generate(
+    vision: Served, options: dict[str, Any], limits: dict[str, Any]
+) -> None:
     prompts = [
-        loaded.encoder.encode(image_request("a", picture(56, 56, 1)), lambda: None),
-        loaded.encoder.encode(image_request("bb", picture(280, 168, 2), picture(84, 84, 3)), lambda: None),
+        encode_pictures(vision, "a", picture(56, 56, 1)),
+        encode_pictures(vision, "bb", picture(280, 168, 2), picture(84, 84, 3)),
+        encode_pictures(vision, "a", picture(56, 56, 1)),
+        encode_pictures(vision, "c", picture(84, 84, 3), picture(280, 168, 2)),
     ]
-    alone = [run(loaded.runner, make_sequence(p.ids, p.vision))[0] for p in prompts]
-    assert run(loaded.runner, *(make_sequence(p.ids, p.vision) for p in prompts)) == alone
+    sequences = [make_sequence(prompt.ids, prompt) for prompt in prompts]
+    text = text_ids(vision, "No picture at all")
+    ours = run(
+        vision.runner(**options),
+        *sequences,
+        make_sequence(text),
+        limits=SchedulerLimits(**{"max_running": 8} | limits),
+    )
+    assert ours == [generate_pictures(vision, prompt) for prompt in prompts] + [generate(vision.reference, text)]
 
 
-def test_different_pictures_give_different_answers(vision_folder: Path) -> None:
-    loaded = load(vision_folder, "avision")
-    prompts = [loaded.encoder.encode(image_request("a", picture(56, 56, seed)), lambda: None) for seed in (1, 2)]
-    first, second = (run(loaded.runner, make_sequence(p.ids, p.vision))[0] for p in prompts)
-    assert first != second
+def test_other_picture_is_no_prefix_hit(vision: Served) -> None:
+    """Placeholders are the same ids for all pictures; what is compared is their content."""
+    runner = vision.runner()
+    loop = EngineLoop(lambda: 0.0)
+    loop.add_model("m", runner, SchedulerLimits(max_running=8))
+    prompts = [encode_pictures(vision, "a", picture(84, 56, seed)) for seed in (1, 2, 1)]
+    answers = [run(runner, make_sequence(p.ids, p), loop=loop)[0] for p in prompts]
+    assert answers == [generate_pictures(vision, prompt) for prompt in prompts]
+    assert answers[0] != answers[1]
+    assert loop.snapshot().caches["m"].reused_tokens > 0
+
+
+def test_same_picture_is_encoded_once(vision: Served) -> None:
+    tower = vision.loaded.tower
+    assert tower is not None
+    prompts = [encode_pictures(vision, text, picture(84, 56, 99)) for text in ("a", "b", "c")]
+    before = tower.num_misses
+    run(vision.runner(), *(make_sequence(p.ids, p) for p in prompts))
+    assert tower.num_misses == before + 1
+
+
+class Poison:
+    """Changes the stack's embeddings of one token id while it is in force."""
+
+    def __init__(self, served: Served, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.stack, self.change = served.loaded.stack, change
+
+    def __enter__(self) -> None:
+        original = type(self.stack).embed
+        self.stack.embed = lambda ids: self.change(ids, original(self.stack, ids))  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        del self.stack.embed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_logits_end_only_their_request(qwen3_folder: Path, value: float) -> None:
-    loaded = load(qwen3_folder, "avibe")
-    runner: Any = loaded.runner
+def test_non_finite_logits_end_only_their_request(qwen3: Served, value: float) -> None:
+    good, bad, after = make_sequence((5, 6, 7)), make_sequence((8, 9, 10)), make_sequence((11, 12, 13, 14, 15))
+    expected = run(qwen3.runner(), make_sequence((5, 6, 7)), make_sequence((11, 12, 13, 14, 15)))
+    runner = qwen3.runner(num_pages=20)
+    loop = EngineLoop(lambda: 0.0)
+    loop.add_model("m", runner, SchedulerLimits(max_running=8))
+    with Poison(qwen3, lambda ids, x: torch.where((ids == 9)[:, None], x + value, x)):
+        ends = step_all(runner, good, bad, loop=loop)
+    assert isinstance(ends.seen[bad][1], NumericError)
+    assert good.output_ids == expected[0]
+    # Its pages serve others, and nothing of it is left in them.
+    assert run(runner, after, loop=loop) == [expected[1]]
+
+
+def test_step_without_memory_is_tried_again_and_nobody_loses_a_token(qwen3: Served) -> None:
+    sequences = [make_sequence(text_ids(qwen3, text)) for text in PROMPTS]
+    failures = iter([False, False, True, False, True])
+
+    def exhaust(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("injected")
+        return x
+
+    with Poison(qwen3, exhaust):
+        assert run(qwen3.runner(), *sequences) == expected_texts(qwen3)
+
+
+def test_request_that_never_fits_into_memory_ends_with_an_error_and_others_go_on(qwen3: Served) -> None:
     good, bad = make_sequence((5, 6, 7)), make_sequence((8, 9, 10))
-    embedding = runner._model.get_input_embeddings()
+    expected = run(qwen3.runner(), make_sequence((5, 6, 7)))
 
-    def poison(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + value if 9 in args[0] else output
+    def exhaust(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if 9 in ids:
+            raise torch.OutOfMemoryError("injected")
+        return x
 
-    hook = embedding.register_forward_hook(poison)
-    try:
-        outputs = list(runner.step([good, bad]))
-    finally:
-        hook.remove()
-    assert outputs[0].error is None and outputs[0].token_id is not None
-    assert isinstance(outputs[1].error, NumericError)
+    runner = qwen3.runner()
+    loop = EngineLoop(lambda: 0.0)
+    loop.add_model("m", runner, SchedulerLimits(max_running=8))
+    with Poison(qwen3, exhaust):
+        assert run(runner, good, loop=loop) == expected
+        ends = step_all(runner, bad, loop=loop)
+    reason, error = ends.seen[bad]
+    assert reason == "failed" and isinstance(error, InternalError) and "memory" in str(error)
+    assert bad.num_retries == 3
+    assert run(runner, make_sequence((5, 6, 7)), loop=loop) == expected
 
 
-def test_released_sequence_holds_no_cache(qwen3_folder: Path) -> None:
-    loaded = load(qwen3_folder, "avibe")
-    runner = loaded.runner
-    assert isinstance(runner, TransformersRunner)
-    sequence = make_sequence((5, 6, 7))
-    list(runner.step([sequence]))
-    assert len(runner._running) == 1
-    runner.release(sequence)
-    assert not runner._running
+def test_id_outside_the_vocabulary_ends_only_its_request(qwen3: Served) -> None:
+    good, bad = make_sequence((5, 6, 7)), make_sequence((5, 6), logit_bias=((10**6, 1.0),))
+    ends = step_all(qwen3.runner(), good, bad)
+    assert ends.seen[good][0] == "length" and isinstance(ends.seen[bad][1], ValueError)
 
 
 def test_generation_config_counts_where_request_is_silent(qwen3_folder: Path, tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_nonsense_host_is_answered_and_accounted_for(nonsense_server: Server, pa
         client.sendall(head.encode() + b"Content-Type: application/x-www-form-urlencoded\r\n\r\n" + body)
         status, headers, _ = read_answer(client)
     assert status < 500 and headers["x-request-id"], status
-    assert nonsense_server.application()["open_requests"] == 0
+    nonsense_server.wait(lambda: nonsense_server.application()["open_requests"] == 0, "accounted for")
 
 
 @pytest.fixture(scope="module")

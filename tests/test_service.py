@@ -249,7 +249,7 @@ def test_loading_model_is_not_ready_and_says_the_phase(make_service: MakeService
     load.gate.set()
     assert service.wait_loaded(GENEROUS_S)
     assert service.snapshot().is_ready
-    assert list(service.snapshot().models["avibe"].phases) == ["weights"]
+    assert list(service.snapshot().models["avibe"].phases) == ["weights", "cache"]
 
 
 def test_failed_load_is_told_without_details_and_the_other_model_serves(make_service: MakeService) -> None:

@@ -174,7 +174,7 @@ def _prefill_gathered(query: Tensor, keys: Tensor, values: Tensor, plan: Attenti
     assert plan.query_counts is not None and plan.key_counts is not None
     page_tokens = keys.shape[1]
     outputs = []
-    for row, q in enumerate(query.split(plan.query_counts)):
+    for row, q in enumerate(torch.split(query, plan.query_counts)):
         num_queries, num_keys = plan.query_counts[row], plan.key_counts[row]
         if num_queries == 0:
             continue

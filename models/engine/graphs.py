@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def decode_sizes(max_running: int) -> tuple[int, ...]:
     return (*(size for size in _DECODE_SIZES if size < max_running), max_running)
 
 
-def capture_cuda(stream: torch.cuda.Stream, pool: object) -> Capture:
+def capture_cuda(stream: torch.cuda.Stream, pool: Any) -> Capture:
     """How to make graphs that run on `stream` and share the memory `pool` (of `torch.cuda.graph_pool_handle`).
 
     Replays of graphs that share a pool must not overlap and an output lives until the next replay; so it is with one

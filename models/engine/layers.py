@@ -93,7 +93,7 @@ def rotate_qk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split (T, (num_heads + 2 * num_kv_heads) * head_dim) into query, key, value; norm and rotate the first two."""
     heads = qkv.view(qkv.shape[0], -1, head_dim)
-    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norms is not None:
         query, key = rms_norm(query, norms[0], eps), rms_norm(key, norms[1], eps)
     return _rotate(query, cos, sin), _rotate(key, cos, sin), value.contiguous()

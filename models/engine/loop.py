@@ -1,7 +1,7 @@
 """The one engine thread: schedule, launch, deliver, for every model in turn.
 
-After its warm-up, all calls of a runner happen in this thread, because CUDA-graph state is per thread. A runner may have
-several steps under way: the next one is launched before the tokens of the one before are read, so that the device never
+After its warm-up, all calls of a runner happen in this thread, because CUDA-graph state is per thread. It may have
+several steps under way: the next is launched before the tokens of the one before are read, so that the device never
 waits for the host. The models share the device fairly: the one that used less of it so far goes first. A fault in one
 sequence ends that sequence; a step that raises ends the sequences of that step; `EngineDead` ends the loop, and the
 service is no longer alive.
@@ -432,5 +432,3 @@ def _cache_snapshot(scheduler: Scheduler) -> CacheSnapshot:
         reused_tokens=cache.num_reused_tokens,
         num_preemptions=scheduler.num_preemptions,
     )
-
-

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from models.engine.attention import AttentionPlan, PagedKV
 from models.engine.graphs import PREFILL_SIZES, Capture, GraphLadder, capture_cuda, decode_sizes
-from models.engine.layers import TextStack
+from models.engine.layers import SmallOperations, TextStack
 from models.engine.loop import LaunchedStep, StepOutput
-from models.engine.sampling import BatchSampler, HostSampled
+from models.engine.sampling import BatchSampler, HostSampled, Race, Sampled, is_finite
+from models.engine.sampling import Row as SampledRow
 from models.engine.scheduler import Row, Step
 from models.engine.sequence import Sequence
 from models.engine.vision import VisionInputs, VisionTower
@@ -60,7 +61,7 @@ class _Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.is_cuda else None
+        self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
 
     def put(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         """A tensor on the device. On CUDA the copy is ordered by the stream; its pinned source is kept until then by
@@ -92,22 +93,22 @@ class _Part:
             for row in reversed(self.rows):
                 yield StepOutput(row, error=self.error, is_retryable=self.is_retryable)
             return
-        chosen = {id(row): index for index, row in enumerate(self.sampled_rows)}
+        chosen = dict(zip(map(id, self.sampled_rows), self._chosen(), strict=True))
         for row in self.rows:
-            index = chosen.get(id(row))
-            if index is None:
-                yield StepOutput(row)
-                continue
-            assert self.sampled is not None
-            yield self._chosen(row, index, self.sampled)
+            yield chosen.get(id(row)) or StepOutput(row)
 
-    @staticmethod
-    def _chosen(row: Row, index: int, sampled: HostSampled) -> StepOutput:
-        if not sampled.is_finite(index):
-            return StepOutput(row, error=NumericError("the model gave NaN or Inf; the request was ended"))
-        if not sampled.is_allowed(index):
-            return StepOutput(row, error=InternalError("the constraint of this request allows no token"))
-        return StepOutput(row, token_id=sampled.token_id(index), logprobs=sampled.logprobs(index))
+    def _chosen(self) -> Iterable[StepOutput]:
+        sampled = self.sampled
+        if sampled is None:
+            return
+        tokens, are_finite, have_choice = sampled.tokens(), sampled.is_finite(), sampled.has_choice()
+        for index, row in enumerate(self.sampled_rows):
+            if not are_finite[index]:
+                yield StepOutput(row, error=NumericError("the model gave NaN or Inf; the request was ended"))
+            elif not have_choice[index]:
+                yield StepOutput(row, error=InternalError("the constraint of this request allows no token"))
+            else:
+                yield StepOutput(row, token_id=tokens[index], logprobs=sampled.logprobs(index))
 
 
 class _Launched:
@@ -120,7 +121,7 @@ class _Launched:
         if self._event is None:
             return True
         try:
-            return self._event.query()
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
         except torch.AcceleratorError as error:
             raise _dead(error) from error
 
@@ -190,6 +191,7 @@ class PagedRunner:
         self._num_pages_known: dict[int, int] = {}
         self._free_slots = list(range(sizes.max_running, 0, -1))
         self._decode_graphs: GraphLadder | None = None
+        self._draw_graphs: GraphLadder | None = None
         self._prefill_graphs: _PrefillGraphs | None = None
 
     @property
@@ -215,16 +217,17 @@ class PagedRunner:
     # Steps.
 
     def launch(self, step: Step) -> LaunchedStep:
-        parts = []
         with self._device.scope(), torch.inference_mode():
             self._cache.copy(step.copies)
-            self._enter_rows(step.rows)
+            parts = self._enter_rows(step.rows)
+            refused = {id(row) for part in parts for row in part.rows}
             for run, rows in ((self._decode, step.decodes), (self._prefill, step.prefills)):
+                rows = [row for row in rows if id(row) not in refused]
                 if rows:
                     parts.append(self._guarded(run, rows))
             event = None
             if self._device.is_cuda:
-                event = torch.cuda.Event(blocking=True)
+                event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 event.record()
         return _Launched(parts, event, self._after_step)
 
@@ -260,18 +263,24 @@ class PagedRunner:
             device = self._device.device
             self.memory_bytes = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
-    def _enter_rows(self, rows: list[Row]) -> None:
-        """Give new sequences a slot, and tell the device about new pages, in one copy."""
+    def _enter_rows(self, rows: list[Row]) -> list[_Part]:
+        """Give new sequences a slot, and tell the device about new pages, in one copy. Returns those it cannot take."""
         entries: list[tuple[int, int, int]] = []
         deltas: list[tuple[int, int]] = []
+        refused: list[_Part] = []
         for row in rows:
-            slot = self._slots.get(row.sequence)
+            sequence = row.sequence
+            slot = self._slots.get(sequence)
             if slot is None:
-                slot = self._slots[row.sequence] = self._free_slots.pop()
+                slot = self._slots[sequence] = self._free_slots.pop()
                 self._num_pages_known[slot] = 0
-                self._sampler.set_slot(slot, row.sequence)
+                try:
+                    self._sampler.set_slot(slot, sequence.sampling, sequence.prompt_ids, sequence.output_ids)
+                except ValueError as error:  # an id outside the vocabulary
+                    refused.append(_Part([row], [], error=error))
+                    continue
                 if self._stack.num_position_axes > 1:
-                    vision = row.sequence.vision
+                    vision = sequence.vision
                     deltas.append((slot, vision.rope_delta if isinstance(vision, VisionInputs) else 0))
             known = self._num_pages_known[slot]
             if len(row.pages) > known:
@@ -283,10 +292,11 @@ class PagedRunner:
         if deltas:
             slots, values = self._device.put(deltas).unbind(1)
             self._rope_deltas[slots] = values
+        return refused
 
-    def _sample(self, logits: Tensor, rows: list[Row], slots: Tensor, slot_ids: list[int]) -> tuple[Tensor, _Part]:
-        sampled = self._sampler.sample(logits, slot_ids, slots, rows)
-        return sampled.token_ids, _Part(rows, rows, sampled.start_copy())
+    def _sample(self, logits: Tensor, rows: list[Row], slots: Tensor, slot_ids: list[int]) -> Sampled:
+        asked = [SampledRow(row.sequence.sampling, row.mask, row.num_chosen) for row in rows]
+        return self._sampler.sample(logits, slot_ids, slots, asked)
 
     # Decoding.
 
@@ -298,17 +308,39 @@ class PagedRunner:
         if padded != self._decode_rows:
             self._row_slots[: len(padded)] = self._device.put(padded)
             self._decode_rows = padded
-        slots = self._row_slots[:num]
-        if self._decode_graphs is not None and size is not None:
-            logits = self._decode_graphs.replay(size)[:num]
+        graphs = self._decode_graphs
+        if graphs is not None and size is not None:
+            logits = graphs.replay(size)
+            if self._draw_graphs is not None and all(_is_plain(row) for row in rows):
+                token_ids, finite, choice = self._draw_graphs.replay(size)[:, :num].unbind(0)
+                sampled = Sampled(token_ids, finite, choice)
+                return _Part(rows, rows, sampled.start_copy())
+            logits = logits[:num]
         else:
             page_tokens = self._sizes.page_tokens
             width = max((row.end - 1) // page_tokens for row in rows) + 1
-            logits = self._decode_forward(slots, self._sizes.max_pages if self._device.is_cuda else width)
-        token_ids, part = self._sample(logits, rows, slots, slot_ids)
-        self._tokens[slots] = token_ids
-        self._lengths[slots] += 1
-        return part
+            logits = self._decode_forward(
+                self._row_slots[:num], self._sizes.max_pages if self._device.is_cuda else width
+            )
+        slots = self._row_slots[:num]
+        sampled = self._sample(logits, rows, slots, slot_ids)
+        self._feed(slots, sampled.token_ids)
+        return _Part(rows, rows, sampled.start_copy())
+
+    def _feed(self, slots: Tensor, token_ids: Tensor) -> None:
+        """What was chosen is the input of the next step."""
+        self._tokens.index_copy_(0, slots, token_ids)
+        self._lengths.index_add_(0, slots, torch.ones_like(slots))
+        self._lengths[:1].zero_()  # padding never gets longer
+
+    def _draw(self, logits: Tensor, slots: Tensor) -> Tensor:
+        """Choose for rows that have a temperature and nothing else, and feed; can be captured.
+
+        :return: (3, B) int64: ids, whether the logits were finite, and 1 for there having been a choice.
+        """
+        token_ids = self._sampler.draw(logits, slots)
+        self._feed(slots, token_ids)
+        return torch.stack([token_ids, is_finite(logits).long(), torch.ones_like(token_ids)])
 
     def _decode_forward(self, slots: Tensor, width: int) -> Tensor:
         """One token for each slot. Looks at nothing but buffers on the device, so it can be captured.
@@ -353,15 +385,17 @@ class PagedRunner:
             if last:
                 logits = self._stack.logits(output[self._device.put(last)])
         if self._tower is not None:
-            self._tower.trim()
+            # Of a picture that is read in part, the next chunk needs the rest.
+            spans = [(span, row.end) for row in rows for span in row.sequence.pictures]
+            self._tower.trim({span.key for span, end in spans if span.start + span.num_tokens > end})
         if logits is None or not sampled_rows:
             return _Part(rows, [])
         sampled_ids = [self._slots[row.sequence] for row in sampled_rows]
         slots, lengths = self._device.put([sampled_ids, [row.end for row in sampled_rows]]).unbind(0)
-        token_ids, part = self._sample(logits, sampled_rows, slots, sampled_ids)
-        self._tokens[slots] = token_ids
-        self._lengths[slots] = lengths
-        return _Part(rows, sampled_rows, part.sampled)
+        sampled = self._sample(logits, sampled_rows, slots, sampled_ids)
+        self._tokens.index_copy_(0, slots, sampled.token_ids)
+        self._lengths.index_copy_(0, slots, lengths)
+        return _Part(rows, sampled_rows, sampled.start_copy())
 
     def _prefill_plan(self, rows: list[Row], slot_ids: list[int]) -> AttentionPlan:
         page_tokens = self._sizes.page_tokens
@@ -424,12 +458,20 @@ class PagedRunner:
             def make(size: int) -> Callable[[], Tensor]:
                 return lambda: self._decode_forward(self._row_slots[:size], self._sizes.max_pages)
 
-            ladder = GraphLadder(decode_sizes(self._sizes.max_running), make, capture)
-            prefills = _PrefillGraphs(self._stack, self._cache, self._sizes, self._device, capture)
-            self._decode_graphs, self._prefill_graphs = ladder, prefills
+            def make_draw(size: int) -> Callable[[], Tensor]:
+                logits = forwards.replay(size)
+                return lambda: self._draw(logits, self._row_slots[:size])
 
-    def drop_graphs(self) -> None:
-        self._decode_graphs = self._prefill_graphs = None
+            sizes = decode_sizes(self._sizes.max_running)
+            forwards = GraphLadder(sizes, make, capture)
+            draws = GraphLadder(sizes, make_draw, capture)
+            prefills = _PrefillGraphs(self._stack, self._cache, self._sizes, self._device, capture)
+            self._decode_graphs, self._draw_graphs, self._prefill_graphs = forwards, draws, prefills
+
+    def use(self, operations: SmallOperations, race: Race) -> None:
+        """Run with these from now on: eager or compiled ones."""
+        self._stack.operations = operations
+        self._sampler.race = race
 
 
 class _PrefillGraphs:
@@ -438,9 +480,7 @@ class _PrefillGraphs:
     The padding tokens are a sequence of their own, whose keys go to page 0.
     """
 
-    def __init__(
-        self, stack: TextStack, cache: PagedKV, sizes: RunnerSizes, link: _Device, capture: Capture
-    ) -> None:
+    def __init__(self, stack: TextStack, cache: PagedKV, sizes: RunnerSizes, link: _Device, capture: Capture) -> None:
         self._stack, self._cache, self._link = stack, cache, link
         device, shape, rows = stack.device, stack.shape, _PREFILL_GRAPH_ROWS
         # The padding's own pages must be within the page table too.
@@ -506,6 +546,10 @@ class _PrefillGraphs:
         if last:
             self._last[: len(last)] = self._link.put(last)
         return self._ladder.replay(size)[: len(last)]
+
+
+def _is_plain(row: Row) -> bool:
+    return row.mask is None and BatchSampler.is_plain(row.sequence.sampling)
 
 
 def _known_ids(row: Row) -> list[int]:

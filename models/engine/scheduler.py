@@ -1,8 +1,8 @@
 """What one model computes next: plain Python, the clock passed in, no torch, no threads.
 
-First come, first served. Running sequences get one token each per step; what the token budget leaves goes to prompts, in
-chunks. A sequence is admitted when there are pages for its whole prompt; when pages run out, the youngest gives its own
-back and is computed again later. Cancelled and expired sequences leave between steps.
+First come, first served. Running sequences get one token each per step; what the token budget leaves goes to prompts,
+in chunks. A sequence is admitted when there are pages for its whole prompt; when pages run out, the youngest gives its
+own back and is computed again later. Cancelled and expired sequences leave between steps.
 
 A step is planned before the one before it has been read, so the books distinguish what was launched from what is known.
 The loop owns the lock under which all of this is called.
@@ -247,7 +247,9 @@ class Scheduler:
             if not self._admissions:
                 # All pages are free and it still does not fit. The door refuses such prompts; nothing may hang here.
                 self.waiting.popleft()
-                error = InternalError(f"{len(ids) + 1} tokens do not fit into {self.cache.capacity_tokens} of the cache")
+                error = InternalError(
+                    f"{len(ids) + 1} tokens do not fit into {self.cache.capacity_tokens} of the cache"
+                )
                 step.left.append((sequence, "failed", error))
             return None
         table, copy = opened

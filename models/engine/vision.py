@@ -168,6 +168,19 @@ class VisionTower:
         if not isinstance(visual.patch_embed, _LinearPatchEmbed):
             visual.patch_embed = _LinearPatchEmbed(visual.patch_embed.proj)
 
+    @property
+    def weights_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self._visual.parameters())
+
+    @property
+    def bytes_per_patch(self) -> int:
+        """About what encoding takes for each patch at its peak: of a block's activations, those that live together
+        (residual, norm, merged query-key-value and its rotated parts, or the MLP's), and the pixels."""
+        config = self._visual.config
+        patch_width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        width = patch_width + 4 * config.hidden_size + max(8 * config.hidden_size, 3 * config.intermediate_size)
+        return int(width * torch.empty((), dtype=self._dtype).element_size())
+
     def is_cached(self, key: bytes) -> bool:
         return key in self._cache
 
