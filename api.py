@@ -5,11 +5,10 @@ from __future__ import annotations
 from flask import Blueprint, Response, g
 
 import bodies
-from generation import complete
-from models.parsing import RequestParser
-from models.schemas import ImageRequest, TextRequest
+from generation import complete, stream
+from models.parsing import ApiRequest, RequestParser
 from models.service import ModelService
-from responses import success_response
+from responses import stream_response, success_response
 
 
 def make_blueprint(service: ModelService, parser: RequestParser) -> Blueprint:
@@ -28,9 +27,15 @@ def make_blueprint(service: ModelService, parser: RequestParser) -> Blueprint:
         if bodies.media_type() == "application/json":
             return _answer(parser.parse_image_json(bodies.read_json()))
         bodies.expect_media_type("multipart/form-data", "application/json")
-        return _answer(parser.parse_image_form(*bodies.read_form()))
+        return _answer(parser.parse_image_upload(*bodies.read_form()))
 
-    def _answer(parsed: TextRequest | ImageRequest) -> Response:
-        return success_response(complete(service, parsed), g.exchange.request_id)
+    def _answer(parsed: ApiRequest) -> Response:
+        request_id = g.exchange.request_id
+        if not parsed.is_streamed:
+            return success_response(complete(service, parsed.request), request_id)
+        events = stream(service, parsed.request)
+        response = stream_response(events, request_id, is_demo=events.is_demo)
+        response.call_on_close(events.close)
+        return response
 
     return bp

@@ -92,6 +92,10 @@ class Limits:
     answer_timeout_s: float = 60.0
     # How often a thread that waits for an answer looks whether its client is still there.
     client_check_interval_s: float = 0.25
+    # Least time between two deltas of one streamed answer: each costs a wake-up, a decoding and a write.
+    delta_interval_s: float = 0.03
+    # A stream with nothing to say sends a comment so often, so that nobody on the way takes it for dead.
+    keep_alive_interval_s: float = 5.0
     min_disk_free_percent: float = 5.0
 
 

@@ -158,10 +158,12 @@ def _close_exchange(exchange: Exchange, ledger: Ledger, clock: Callable[[], floa
         logs.request_id.set("-")
         return
     total_s = clock() - exchange.started
+    if exchange.is_cancelled:
+        exchange.status = STATUS_CLIENT_LEFT  # also if it left in the middle of a stream that began with 200
     ledger.close(exchange.door, exchange, total_s)
     logs.request_id.set(exchange.request_id)
     if exchange.is_cancelled:
-        log.info("Client left: no response sent (%.3fs total)", total_s)
+        log.info("Client left (%.3fs total)", total_s)
     else:
         reason = _reason_phrase(exchange.status)
         log.info("Response sent: %d %s (%.3fs total)", exchange.status, reason, total_s)

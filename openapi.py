@@ -11,6 +11,7 @@ from models.parsing import RequestParser
 from responses import STATUS_BY_CODE
 
 _JSON = "application/json"
+_EVENTS = "text/event-stream"
 _APPLICATION_METRICS = (
     "total_requests",
     "success_rate_percent",
@@ -152,6 +153,8 @@ def _operation(
         codes = ", ".join(code for code, number in STATUS_BY_CODE.items() if str(number) == status)
         extra = ("Retry-After",) if status == "429" else ()
         responses[status] = _answer(codes, _ref("Error"), *extra)
+    if tag == "generate":
+        responses["200"]["content"][_EVENTS] = {"schema": _ref("Event")}
     operation: dict[str, Any] = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
     if content is not None:
         operation["requestBody"] = {"required": True, "content": content}
@@ -188,6 +191,11 @@ def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _event(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    data = _STRING | {"contentMediaType": _JSON, "contentSchema": body}
+    return _object({"event": {"const": name}, "data": data})
 
 
 def _schemas(parser: RequestParser) -> dict[str, Any]:
@@ -245,6 +253,16 @@ def _schemas(parser: RequestParser) -> dict[str, Any]:
                 "request_id": _STRING,
             }
         ),
+        # The schema of one event describes the stream; OpenAPI has a word of its own for that from 3.2 on.
+        "Event": {
+            "description": 'With `"stream": true`: one of the Server-Sent Events; `data` is JSON. Deltas carry the '
+            "text as it comes; last is either `done` with the whole answer or `error`. Comments may come in between.",
+            "oneOf": [
+                _event("delta", _object({"text": _STRING})),
+                _event("done", _ref("Answer")),
+                _event("error", _ref("Error")),
+            ],
+        },
         "Health": _object(
             {
                 "status": {"enum": ["healthy", "degraded", "unhealthy"]},

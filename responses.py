@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flask import Response, jsonify, request
@@ -11,6 +12,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntity
 import pages
 from models.errors import ServiceError
 from models.schemas import Completion
+from models.streaming import Delta, Done, Event
 
 STATUS_BY_CODE: Mapping[str, int] = {
     "invalid_request": 400,
@@ -127,6 +129,33 @@ def success_response(completion: Completion, request_id: str) -> Response:
     if completion.is_demo:
         response.headers["X-Avito-Demo"] = "1"
     return response
+
+
+def stream_response(events: Iterable[Event | None], request_id: str, *, is_demo: bool) -> Response:
+    """The events as Server-Sent Events of `/api/v1`: `delta`, then one `done` or `error`; a comment for each None."""
+    response = Response(_frames(events, request_id), content_type="text/event-stream; charset=utf-8")
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Accel-Buffering"] = "no"  # nginx passes each event on as it comes
+    if is_demo:
+        response.headers["X-Avito-Demo"] = "1"
+    return response
+
+
+def _frames(events: Iterable[Event | None], request_id: str) -> Iterator[bytes]:
+    for event in events:
+        if event is None:
+            yield b": waiting\n\n"
+        elif isinstance(event, Delta):
+            yield sse_event("delta", {"text": event.text})
+        elif isinstance(event, Done):
+            yield sse_event("done", success_body(event.completion, request_id))
+        else:
+            yield sse_event("error", error_body(as_web_error(event.error), request_id))
+
+
+def sse_event(name: str, body: Mapping[str, Any]) -> bytes:
+    """One event of a `text/event-stream`; JSON has no line ends, so the data is one line."""
+    return f"event: {name}\ndata: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 def error_body(error: WebError, request_id: str) -> dict[str, Any]:

@@ -41,6 +41,15 @@ class UploadedFile:
     data: bytes
 
 
+@dataclass(frozen=True)
+class ApiRequest:
+    """A request of the JSON API: what is asked, and whether the answer shall come as it is made. The model layer need
+    not know the latter: who waits for an answer reads it as he likes."""
+
+    request: TextRequest | ImageRequest
+    is_streamed: bool
+
+
 class RequestParser:
     """Parses user input into requests. Built once; may be called from any thread.
 
@@ -50,19 +59,24 @@ class RequestParser:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.text_body = _body_model("TextGenerateRequest", _text_fields(limits, "avibe"))
-        self.image_fields = _body_model("ImageAnalyzeFields", _text_fields(limits, "avision"))
-        self.image_body = _body_model("ImageAnalyzeRequest", _text_fields(limits, "avision") | _picture_fields(limits))
+        text, picture = _text_fields(limits, "avibe"), _text_fields(limits, "avision")
+        # Of the JSON API; `image_fields` go with uploaded files.
+        self.text_body = _body_model("TextGenerateRequest", text | _STREAM_FIELD)
+        self.image_fields = _body_model("ImageAnalyzeFields", picture | _STREAM_FIELD)
+        self.image_body = _body_model("ImageAnalyzeRequest", picture | _picture_fields(limits) | _STREAM_FIELD)
+        # Of the pages' forms, which are answered by a page.
+        self._text_form = _body_model("TextForm", text)
+        self._image_form = _body_model("ImageForm", picture)
 
-    def parse_text_json(self, body: bytes) -> TextRequest:
+    def parse_text_json(self, body: bytes) -> ApiRequest:
         fields = _validate(self.text_body, load_json_object(body))
-        return TextRequest(_messages(fields), _sampling(fields))
+        return ApiRequest(TextRequest(_messages(fields), _sampling(fields)), fields["stream"])
 
     def parse_text_form(self, fields: Iterable[tuple[str, str]]) -> TextRequest:
-        valid = _validate_form(self.text_body, fields)
+        valid = _validate_form(self._text_form, fields)
         return TextRequest(_messages(valid), _sampling(valid))
 
-    def parse_image_json(self, body: bytes) -> ImageRequest:
+    def parse_image_json(self, body: bytes) -> ApiRequest:
         fields = _validate(self.image_body, load_json_object(body))
         one, several = fields["image"], fields["images"]
         if one is not None and several is not None:
@@ -74,15 +88,25 @@ class RequestParser:
         else:
             sources = [(f"images[{i}]", source) for i, source in enumerate(several)]
         pictures = [_decode_picture(source, field) for field, source in sources]
-        return self._image_request(fields, pictures)
+        return ApiRequest(self._image_request(fields, pictures), fields["stream"])
+
+    def parse_image_upload(self, fields: Iterable[tuple[str, str]], files: Sequence[UploadedFile]) -> ApiRequest:
+        """The JSON API's request as a form."""
+        request, valid = self._parse_image_form(self.image_fields, fields, files)
+        return ApiRequest(request, valid["stream"])
 
     def parse_image_form(self, fields: Iterable[tuple[str, str]], files: Sequence[UploadedFile]) -> ImageRequest:
+        return self._parse_image_form(self._image_form, fields, files)[0]
+
+    def _parse_image_form(
+        self, model: type[BaseModel], fields: Iterable[tuple[str, str]], files: Sequence[UploadedFile]
+    ) -> tuple[ImageRequest, Mapping[str, Any]]:
         for file in files:
             if file.name != "image":
                 raise UnknownField(f"{_shown_name(file.name)}: no such field", field=_shown_name(file.name))
         # A browser sends an empty part for a file input that was left alone.
         chosen = [file for file in files if file.data or file.content_type not in ("", "application/octet-stream")]
-        valid = _validate_form(self.image_fields, fields)
+        valid = _validate_form(model, fields)
         if not chosen:
             if len(files) > 0 and any(not file.data for file in files):
                 raise InvalidImage("image: is empty (0 bytes)", field="image")
@@ -92,7 +116,7 @@ class RequestParser:
         pictures = [
             ("image" if len(chosen) == 1 else f"image[{i}]", f.data, f.content_type) for i, f in enumerate(chosen)
         ]
-        return self._image_request(valid, pictures)
+        return self._image_request(valid, pictures), valid
 
     def _image_request(self, fields: Mapping[str, Any], pictures: Sequence[tuple[str, bytes, str]]) -> ImageRequest:
         images = tuple(
@@ -209,6 +233,11 @@ def _text_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
     }
 
 
+_STREAM_FIELD: dict[str, Any] = {
+    "stream": (Annotated[bool, Field(description="Send the answer as it is made: text/event-stream.")], False)
+}
+
+
 def _picture_fields(limits: Limits) -> dict[str, Any]:
     text = "Base64 of a PNG, JPEG, WebP, GIF or BMP, or a data URL with it; other URLs are refused."
     source = Annotated[str, Field(min_length=1, max_length=limits.max_body_bytes)]
@@ -308,6 +337,8 @@ _TYPE_WORDS = {
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
+    "bool_type": "a boolean",
+    "bool_parsing": "true or false",
     "list_type": "a list of strings",
     "string_unicode": "valid Unicode without lone surrogates",
 }

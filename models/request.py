@@ -17,7 +17,7 @@ from models.engine.sequence import EndReason, PictureSpan, SamplingOptions, Sequ
 from models.errors import DeadlineExceeded, InternalError, NumericError, RequestCancelled, ServiceError
 from models.metrics import ModelMetrics
 from models.schemas import Completion, ImageRequest, SamplingParams, TextRequest, Timing
-from models.streaming import Channel, Detokenizer, StopStrings
+from models.streaming import Channel, LazyText, WatchedText
 
 log = logging.getLogger("avito.service")
 
@@ -43,6 +43,8 @@ class Encoded(Protocol):
 
 
 class Decoder(Protocol):
+    """Called by requests' threads and the engine's at the same time."""
+
     def decode(self, ids: Sequences[int]) -> str: ...
 
 
@@ -54,14 +56,17 @@ class Surroundings:
     metrics: ModelMetrics
     clock: Callable[[], float]
     deadline_s: float
+    delta_interval_s: float
     give_back: Callable[[OpenRequest], None]
 
 
 class OpenRequest:
     """One admitted request: text on one side, the engine's sequence on the other. Holds a place until it ends.
 
-    `start` and `abandon` may be called from any thread, once each; the callbacks run in the loop's.
+    `start` and `abandon` may be called from any thread, once each; the callbacks run in the loop's. What needs no text
+    does not wait for it: the place is given back and the end is told, though nobody may ever read the answer.
 
+    :param encoder: the model's.
     :param received_at: monotonic time of the first byte, from which the deadline counts.
     :param picture_bytes: what the service reserved for its pictures.
     """
@@ -70,6 +75,7 @@ class OpenRequest:
         self,
         request: TextRequest | ImageRequest,
         surroundings: Surroundings,
+        encoder: Encoder,
         *,
         request_id: str,
         received_at: float,
@@ -78,19 +84,24 @@ class OpenRequest:
     ) -> None:
         self.model = request.model
         self.picture_bytes = picture_bytes
-        self.channel = Channel(self._cancel)
+        decode, stops = encoder.tokenizer.decode, request.sampling.stop
+        self.channel = Channel(
+            self._cancel,
+            WatchedText(decode, stops) if stops else LazyText(decode),
+            delta_interval_s=surroundings.delta_interval_s,
+            clock=surroundings.clock,
+        )
         self._request = request
         self._around = surroundings
+        self._encoder = encoder
         self._request_id = request_id
         self._received_at = received_at
         self._is_demo = is_demo
         self._deadline = received_at + surroundings.deadline_s
-        self._text: list[str] = []
-        self._stops = StopStrings(request.sampling.stop)
         self._sequence: Sequence | None = None
         self._abandoned: ServiceError | None = None
 
-    def start(self, encoder: Encoder, is_abandoned: Callable[[], bool]) -> None:
+    def start(self, is_abandoned: Callable[[], bool]) -> None:
         """Encode and hand over to the engine, after which the channel is certain to end.
 
         :param is_abandoned: whether nobody waits any more.
@@ -98,7 +109,7 @@ class OpenRequest:
         :raise RequestCancelled: nobody waits any more.
         :raise EngineDead: the loop has ended.
         """
-        request, around = self._request, self._around
+        request, around, encoder = self._request, self._around, self._encoder
 
         def check() -> None:
             if is_abandoned():
@@ -110,14 +121,13 @@ class OpenRequest:
 
         prompt = encoder.encode(request, check)
         check()
-        self._detokenizer = Detokenizer(encoder.tokenizer.decode)
         self.channel.input_tokens = len(prompt.ids)
         self._sequence = Sequence(
             request_id=self._request_id,
             prompt_ids=prompt.ids,
             sampling=encoder.sampling_options(request.sampling),
             deadline=self._deadline,
-            on_token=self._on_token,
+            on_token=self.channel.put,
             on_end=self._on_end,
             vision=prompt.vision,
             pictures=prompt.pictures,
@@ -136,17 +146,6 @@ class OpenRequest:
     def _cancel(self) -> None:
         if self._sequence is not None:
             self._around.loop.cancel(self.model, self._sequence)
-
-    def _on_token(self, token_id: int) -> bool:
-        self.channel.generated_tokens += 1
-        shown, is_stopped = self._stops.add(self._detokenizer.add(token_id))
-        self._put(shown)
-        return is_stopped
-
-    def _put(self, text: str) -> None:
-        if text:
-            self._text.append(text)
-            self.channel.put(text)
 
     def _on_end(self, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
         metrics = self._around.metrics
@@ -175,8 +174,7 @@ class OpenRequest:
             self.channel.fail(InternalError("the engine failed this request"))
 
     def _finish(self, reason: Literal["stop", "length"], num_generated: int, timing: Timing) -> None:
-        shown, is_stopped = self._stops.add(self._detokenizer.flush())
-        self._put(shown + self._stops.flush())
+        is_stopped = self.channel.end_text()
         model, metrics = self.model, self._around.metrics
         metrics.queue_time.labels(model).observe(timing.queue_s)
         metrics.total_time.labels(model).observe(timing.total_s)
@@ -187,7 +185,7 @@ class OpenRequest:
         self.channel.finish(
             Completion(
                 model=model,
-                text="".join(self._text),
+                text="",  # the reader's part
                 input_tokens=self.channel.input_tokens,
                 generated_tokens=num_generated,
                 finish_reason="stop" if is_stopped else reason,

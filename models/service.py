@@ -153,7 +153,9 @@ class ModelService:
         self._open: set[OpenRequest] = set()
         self._is_draining = False
         self._loop = EngineLoop(clock)
-        self._surroundings = Surroundings(self._loop, self.metrics, clock, limits.request_deadline_s, self._give_back)
+        self._surroundings = Surroundings(
+            self._loop, self.metrics, clock, limits.request_deadline_s, limits.delta_interval_s, self._give_back
+        )
         self._loading = threading.Thread(target=self._load_all, name="loading", daemon=True)
         self._has_settled = threading.Event()
         for name in MODEL_NAMES:
@@ -223,10 +225,10 @@ class ModelService:
         with self._lock:
             slot, picture_bytes = self._admit(request)
             assert slot.serving is not None
-            encoder = slot.serving.encoder
             opened = OpenRequest(
                 request,
                 self._surroundings,
+                slot.serving.encoder,
                 request_id=request_id,
                 received_at=received_at,
                 is_demo=slot.snapshot.is_demo,
@@ -236,7 +238,7 @@ class ModelService:
             slot.picture_bytes += picture_bytes
             self._open.add(opened)
         try:
-            opened.start(encoder, is_abandoned)
+            opened.start(is_abandoned)
         except EngineDead:
             self._give_back(opened)
             raise NotReady("the engine has ended; a new one is on its way", retry_after_s=_DEFAULT_RETRY_S) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence as Sequences
+from dataclasses import replace
 from pathlib import Path
 
 from flask import Flask
@@ -32,8 +33,10 @@ def make_folder(root: Path) -> Path:
     return make_snapshot(root / "snapshot")
 
 
-def create(step_s: float = 0.0, load_s: float = 0.0) -> Flask:
-    """:param step_s: how long a step takes. :param load_s: how long loading takes."""
+def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None = None) -> Flask:
+    """:param step_s: how long a step takes. :param load_s: how long loading takes.
+    :param keep_alive_s: how often a silent stream sends a comment; None: as in production.
+    """
 
     def before_step(batch: Sequences[Sequence]) -> None:
         if bytes(batch[0].prompt_ids[:4]) == b"hang":
@@ -48,6 +51,9 @@ def create(step_s: float = 0.0, load_s: float = 0.0) -> Flask:
         timer = threading.Timer(load_s, load.gate.set)
         timer.daemon = True
         timer.start()
-    service = ModelService({"avibe": fake_snapshot("avibe")}, settings.limits, load=load)
+    limits = settings.limits
+    if keep_alive_s is not None:
+        limits = replace(limits, keep_alive_interval_s=keep_alive_s, client_check_interval_s=keep_alive_s)
+    service = ModelService({"avibe": fake_snapshot("avibe")}, limits, load=load)
     service.start()
     return create_app(settings, service)

@@ -23,7 +23,9 @@ def parser() -> RequestParser:
 
 
 def text(parser: RequestParser, **fields: Any) -> TextRequest:
-    return parser.parse_text_json(json.dumps({"prompt": "hi", **fields}).encode())
+    request = parser.parse_text_json(json.dumps({"prompt": "hi", **fields}).encode()).request
+    assert isinstance(request, TextRequest)
+    return request
 
 
 def refused(parser: RequestParser, **fields: Any) -> ServiceError:
@@ -41,7 +43,7 @@ def test_absent_fields_get_the_defaults(parser: RequestParser) -> None:
 
 def test_image_request_has_its_own_default_length(parser: RequestParser) -> None:
     body = {"prompt": "hi", "image": base64.b64encode(png()).decode()}
-    assert parser.parse_image_json(json.dumps(body).encode()).sampling.max_tokens == 200
+    assert parser.parse_image_json(json.dumps(body).encode()).request.sampling.max_tokens == 200
 
 
 @pytest.mark.parametrize(
@@ -147,8 +149,39 @@ def test_line_ends_of_a_text_area_are_those_of_the_api(parser: RequestParser) ->
     assert parser.parse_text_form([("prompt", "a\r\nb\r\nc\r\nd")]).messages[0].content == "a\nb\nc\nd"
 
 
+def test_stream_is_a_boolean_and_off_unless_asked_for(parser: RequestParser) -> None:
+    for fields, expected in (({}, False), ({"stream": False}, False), ({"stream": True}, True)):
+        body = {"prompt": "hi", **fields}
+        assert parser.parse_text_json(json.dumps(body).encode()).is_streamed is expected
+        body["image"] = encoded(png())
+        assert parser.parse_image_json(json.dumps(body).encode()).is_streamed is expected
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", "false", None, [], {}, 1.0])
+def test_stream_of_another_type_is_refused(parser: RequestParser, value: Any) -> None:
+    error = refused(parser, stream=value)
+    assert (error.code, error.field) == ("invalid_request", "stream")
+    assert error.message.startswith("stream: must be a boolean, got ")
+
+
+def test_stream_in_a_form_is_true_or_false(parser: RequestParser) -> None:
+    for value, expected in (("true", True), ("false", False), ("", False)):
+        fields = [("prompt", "hi"), ("stream", value)]
+        assert parser.parse_image_upload(fields, [upload(png())]).is_streamed is expected
+    with pytest.raises(InvalidRequest, match="stream: must be true or false, got text"):
+        parser.parse_image_upload([("prompt", "hi"), ("stream", "maybe")], [upload(png())])
+
+
+def test_forms_of_the_pages_do_not_stream(parser: RequestParser) -> None:
+    fields = [("prompt", "hi"), ("stream", "true")]
+    with pytest.raises(UnknownField, match="stream"):
+        parser.parse_text_form(fields)
+    with pytest.raises(UnknownField, match="stream"):
+        parser.parse_image_form(fields, [upload(png())])
+
+
 def image(parser: RequestParser, **fields: Any) -> Any:
-    return parser.parse_image_json(json.dumps({"prompt": "hi", **fields}).encode())
+    return parser.parse_image_json(json.dumps({"prompt": "hi", **fields}).encode()).request
 
 
 def encoded(data: bytes) -> str:

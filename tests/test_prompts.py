@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_no_text_yields_an_added_id_and_none_is_lost(text: str) -> None:
     ids = tokenizer.encode_content(text)
     assert tokenizer._added_ids.isdisjoint(ids)
     assert tokenizer._content.decode(ids) == text
+
+
+def test_many_threads_encode_and_decode_at_the_same_time(text_tokenizer: TextTokenizer) -> None:
+    """Requests make their text in their own threads."""
+    text = "ёжик 漢字 🎉 plain " * 20
+    ids = text_tokenizer.encode_content(text)
+    message = (Message("user", text),)
+    expected = text_tokenizer.decode(ids), text_tokenizer.encode_chat(message)
+    with ThreadPoolExecutor(8) as pool:
+        work = [
+            pool.submit(lambda: (text_tokenizer.decode(ids), text_tokenizer.encode_chat(message))) for _ in range(64)
+        ]
+        assert all(done.result() == expected for done in work)
 
 
 _SHARED: list[TextTokenizer] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import resource
@@ -70,10 +71,13 @@ class Server:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=GENEROUS_S)
 
-    def send_request(self, prompt: str) -> socket.socket:
+    def send_request(self, prompt: str, **fields: Any) -> socket.socket:
         connection = self.connect()
-        connection.sendall(raw_request(prompt))
+        connection.sendall(raw_request(prompt, **fields))
         return connection
+
+    def stream(self, prompt: str, **fields: Any) -> Stream:
+        return Stream(self.send_request(prompt, stream=True, **fields))
 
     def refuses(self) -> bool:
         try:
@@ -101,8 +105,42 @@ class Server:
             time.sleep(0.02)
 
 
-def raw_request(prompt: str, extra: str = "") -> bytes:
-    body = json.dumps({"prompt": prompt, "max_tokens": 2000}).encode()
+class Stream:
+    """The client's side of a streamed answer, read line by line as it comes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.response = http.client.HTTPResponse(connection)
+        self.response.begin()
+        self.num_comments = 0
+
+    def next(self) -> tuple[str, dict[str, Any]] | None:
+        """The next event; comments before it are counted. None at the end of the stream."""
+        name = ""
+        while line := self.response.readline().decode():
+            if line.startswith(":"):
+                self.num_comments += 1
+            elif line.startswith("event: "):
+                name = line.removeprefix("event: ").strip()
+            elif line.startswith("data: "):
+                return name, json.loads(line.removeprefix("data: "))
+        return None
+
+    def rest(self) -> list[tuple[str, dict[str, Any]]]:
+        with closing(self):
+            return list(iter(self.next, None))
+
+    def close(self) -> None:
+        self.response.close()
+        self._connection.close()
+
+
+def text_of(events: list[tuple[str, dict[str, Any]]]) -> str:
+    return "".join(data["text"] for name, data in events if name == "delta")
+
+
+def raw_request(prompt: str, extra: str = "", **fields: Any) -> bytes:
+    body = json.dumps({"prompt": prompt, "max_tokens": 2000, **fields}).encode()
     head = (
         f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"{extra}Content-Length: {len(body)}\r\n\r\n"
@@ -429,6 +467,119 @@ def test_hung_engine_is_replaced_after_everybody_is_answered(start: Any) -> None
     assert server.ask("hello")[1]["data"]["text"] == "hello"
     log = server.log.read_text()
     assert "the engine is lost" in log and "--- engine" in log
+
+
+# Streams.
+
+
+def test_stream_comes_in_order_and_longer_than_the_answer_timeout(start: Any) -> None:
+    """The time-out is for clients that do not read, and not for answers that take their time."""
+    prompt = "привет 🎉 " * 8
+    server = start("create(step_s=0.02)", AVITO_ANSWER_TIMEOUT_S=1).wait_ready()
+    stream = server.stream(prompt)
+    headers = {name.lower(): value for name, value in stream.response.getheaders()}
+    assert stream.response.status == 200
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    *deltas, (name, done) = stream.rest()
+    assert len(deltas) > 10 and {name for name, _ in deltas} == {"delta"} and name == "done"
+    assert text_of(deltas) == done["data"]["text"] == prompt
+    assert done["metrics"]["total_time"] > 2
+    assert float(headers["x-response-time"].rstrip("s")) < done["metrics"]["total_time"], "the time to the headers"
+    assert done["request_id"] == headers["x-request-id"]
+    server.wait(lambda: server.application()["ok_requests"] == 1, "an outcome")
+    assert server.application()["total_requests"] == 1
+
+
+def test_kept_connection_serves_the_next_request_after_a_stream(start: Any) -> None:
+    server = start().wait_ready()
+    with closing(server.connect()) as connection:
+        for prompt in ("one", "two"):
+            connection.sendall(raw_request(prompt, stream=True))
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert f'"text":"{prompt}"' in response.read().decode()
+        connection.sendall(raw_request("three"))
+        assert json.loads(read_answer(connection)[2])["data"]["text"] == "three"
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["in mid-stream", "in the queue"])
+def test_client_that_leaves_a_stream_gives_its_place_back(start: Any, running: bool) -> None:
+    server = start("create(step_s=0.01)", AVITO_MAX_RUNNING=1).wait_ready()
+    first = server.stream("x" * 2000)
+    assert first.next()[0] == "delta"
+    second = server.stream("y" * 2000)
+    (first if running else second).close()
+    server.wait(lambda: server.application()["cancelled_requests"] == 1, "a cancelled request")
+    if running:
+        assert second.next()[0] == "delta", "the place went to who waited"
+        second.close()
+    else:
+        assert server.application()["requests_running"] == 1 and server.application()["requests_waiting"] == 0
+        first.close()
+    server.wait(lambda: server.application()["cancelled_requests"] == 2, "both cancelled")
+    now = server.application()
+    assert (now["total_requests"], now["open_requests"], now["requests_running"]) == (2, 0, 0)
+    server.wait(lambda: server.log.read_text().count("outcome=cancelled reason=- status=499") == 2, "audit lines")
+
+
+def test_queued_stream_is_kept_alive_by_comments(start: Any) -> None:
+    server = start("create(step_s=0.01, keep_alive_s=0.02)", AVITO_MAX_RUNNING=1).wait_ready()
+    busy = server.send_request("x" * 60)
+    server.wait(lambda: server.application()["requests_running"] == 1, "a running request")
+    stream = server.stream("hello")
+    assert stream.next()[0] == "delta"
+    assert stream.num_comments > 3
+    assert stream.rest()[-1][1]["data"]["text"] == "hello"
+    busy.close()
+
+
+def test_stop_in_mid_stream_lets_every_stream_come_to_its_end(start: Any) -> None:
+    prompt = "x" * 100
+    server = start("create(step_s=0.01)", AVITO_MAX_RUNNING=2).wait_ready()
+    streams = [server.stream(prompt) for _ in range(4)]
+    beginning = streams[0].next()
+    server.process.send_signal(signal.SIGTERM)
+    server.wait(server.refuses, "a closed port")
+    for stream, before in zip(streams, ([beginning], [], [], []), strict=True):
+        *deltas, (name, done) = before + stream.rest()
+        assert name == "done" and text_of(deltas) == done["data"]["text"] == prompt
+    assert server.process.wait(GENEROUS_S) == 0, server.log.read_text()
+
+
+def test_hung_engine_ends_a_stream_with_an_error_event(start: Any) -> None:
+    server = start("create(step_s=0.001)", AVITO_STALL_LIMIT_S=1).wait_ready()
+    ((name, error),) = server.stream("hang").rest()
+    assert (name, error["error"]["code"]) == ("error", "internal_error")
+    server.wait(lambda: "outcome=error" in server.log.read_text(), "an audit line")
+
+
+def test_streams_and_whole_answers_together_are_each_accounted_for_once(start: Any) -> None:
+    server = start("create(step_s=0.002)", AVITO_MAX_RUNNING=8).wait_ready()
+
+    def ask(index: int) -> Any:
+        prompt = f"number {index} " * 5
+        if index % 4 == 0:
+            stream = server.stream(prompt * 20)
+            stream.next()
+            stream.close()
+            return None
+        if index % 4 == 1:
+            return server.ask(prompt)[1]["data"]["text"] == prompt
+        if index % 4 == 2:
+            with closing(server.stream(prompt, max_tokens=-1)) as refusal:
+                return refusal.response.status == 400
+        *deltas, (_, done) = server.stream(prompt).rest()
+        return text_of(deltas) == done["data"]["text"] == prompt
+
+    threads, results = in_threads(32, ask)
+    for thread in threads:
+        thread.join(GENEROUS_S)
+    assert results == [None, True, True, True] * 8
+    server.wait(lambda: server.application()["open_requests"] == 0, "the end of all")
+    now = server.application()
+    outcomes = [now[f"{name}_requests"] for name in ("ok", "rejected", "cancelled", "expired", "error")]
+    assert outcomes == [16, 8, 8, 0, 0] and now["total_requests"] == 32
+    assert now["requests_running"] == now["requests_waiting"] == 0
 
 
 def test_timeouts_of_server_and_requests_fit_together(start: Any) -> None:

@@ -99,6 +99,46 @@ def test_held_back_text_comes_out_at_the_end(make_service: MakeService) -> None:
     assert completion(submit(make_service(), "one STO", stop=("STOP",))).text == "one STO"
 
 
+def test_text_is_made_by_the_reader_unless_a_stop_string_must_be_found(make_service: MakeService) -> None:
+    loaded = FakeLoaded()
+    names: set[str] = set()
+    decode = loaded.encoder.tokenizer.decode
+    loaded.encoder.tokenizer.decode = lambda ids: names.add(threading.current_thread().name) or decode(ids)  # type: ignore[method-assign, func-returns-value]
+    service = make_service({"avibe": loaded})
+    assert completion(submit(service, "abc")).text == "abc"
+    assert names == {threading.current_thread().name}
+    names.clear()
+    assert completion(submit(service, "abc", stop=("STOP",))).text == "abc"
+    assert names == {"engine"}
+
+
+def test_tokens_that_are_no_text_end_one_request_and_leave_no_place_taken(
+    make_service: MakeService, wait_until: Any
+) -> None:
+    def fail(ids: Any) -> str:
+        raise ValueError("/secret/path")
+
+    loaded = FakeLoaded(EndlessRunner())
+    service = make_service({"avibe": loaded})
+    loaded.encoder.tokenizer.decode = fail  # type: ignore[method-assign]
+    channel = submit(service, max_tokens=10**9)
+    end = channel.get(GENEROUS_S)
+    assert isinstance(end, Failed) and isinstance(end.error, InternalError) and "secret" not in end.error.message
+    wait_until(lambda: places(service) == 0)
+    assert service.snapshot().is_ready
+
+
+@pytest.mark.parametrize("stop", [(), ("STOP",)])
+def test_answer_that_nobody_reads_leaves_no_place_taken(
+    make_service: MakeService, wait_until: Any, stop: tuple[str, ...]
+) -> None:
+    service = make_service()
+    channel = submit(service, "abc", stop=stop)
+    wait_until(lambda: channel.is_ended)
+    assert places(service) == 0
+    assert channel.generated_tokens == 3 and channel.timing is not None
+
+
 def full_service(make_service: MakeService, **limits: Any) -> tuple[ModelService, EndlessRunner, list[Channel]]:
     """One running and two waiting requests: no place left."""
     runner = EndlessRunner()
