@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from models.engine.kv_cache import MAX_COPY_CANDIDATES, MIN_COPY_TOKENS, KVCache, PageCopy, PageTable
+from models.engine.kv_cache import _ROOT_KEY, MAX_COPY_CANDIDATES, MIN_COPY_TOKENS, KVCache, PageCopy, PageTable
 
 PAGE = 4
 
@@ -221,6 +221,17 @@ def test_of_two_equal_pages_one_is_found_and_the_other_is_empty_once_closed() ->
     assert (cache.num_used_pages, cache.num_cached_pages) == (2, 0)
     cache.close(first)
     assert (cache.num_used_pages, cache.num_cached_pages) == (0, 2)
+
+
+def test_a_tail_that_fills_up_to_a_duplicate_is_kept_no_longer() -> None:
+    cache = make_cache()
+    first, second = open_table(cache, range(4))[0], open_table(cache, range(4))[0]
+    cache.commit_tail(second, range(4), 3)
+    cache.commit(first, range(4), 4)
+    cache.commit(second, range(4), 4)
+    cache.close(second)
+    assert (cache.num_used_pages, cache.num_cached_pages) == (1, 0)
+    assert pages_found(cache, range(4)) == first.pages
 
 
 def test_a_duplicate_takes_the_place_of_a_page_evicted_meanwhile() -> None:
@@ -535,7 +546,7 @@ class Device:
 class CacheMachine(RuleBasedStateMachine):
     """Sequences come, are computed in chunks, preempted, ended and thrown away in any order."""
 
-    @initialize(num_pages=st.integers(2, 12), page_tokens=st.integers(2, 4), min_copy_tokens=st.integers(1, 2))
+    @initialize(num_pages=st.integers(2, 9), page_tokens=st.integers(2, 4), min_copy_tokens=st.integers(1, 2))
     def start(self, num_pages: int, page_tokens: int, min_copy_tokens: int) -> None:
         self.cache = KVCache(num_pages, page_tokens, min_copy_tokens=min_copy_tokens)
         self.min_copy_tokens = min_copy_tokens
@@ -677,6 +688,13 @@ class CacheMachine(RuleBasedStateMachine):
             opened = copy.deepcopy(self.cache).open([*writer.ids[: writer.num_computed], 9], 0)
             assert opened is not None and len(opened[0].pages) >= num_full
 
+    @invariant()
+    def no_cached_page_has_lost_the_chain_before_it(self) -> None:
+        """Else it would hold a place and nobody could find it. Only what was thrown away may leave such pages."""
+        cache = self.cache
+        parents = {cache._contents[page].parent for page in cache._cached}
+        assert self.has_discarded or parents <= {_ROOT_KEY, *cache._page_of_key}
+
     def teardown(self) -> None:
         if hasattr(self, "cache"):
             for writer in self.writers:
@@ -684,5 +702,5 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.num_free_pages == self.cache.num_pages - 1
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestNoPageIsLeakedLostOrReadForAnother = CacheMachine.TestCase
