@@ -115,7 +115,9 @@ class KVCache:
         """Pages that no table refers to, kept for reuse."""
         return len(self._cached)
 
-    def open(self, ids: Sequence[int], num_tokens: int) -> tuple[PageTable, PageCopy | None] | None:
+    def open(
+        self, ids: Sequence[int], num_tokens: int, *, num_spare_pages: int = 0
+    ) -> tuple[PageTable, PageCopy | None] | None:
         """A table that starts with what is cached of `ids`, and the copy that completes its start.
 
         The last id is never taken from the cache: it must be computed, as its logits are wanted.
@@ -123,11 +125,13 @@ class KVCache:
         :param ids: the prefix ids of all tokens to be computed, each within 64 bits, signed.
         :param num_tokens: tokens to have room for, those found included. If the whole pages found suffice for them, no
             page is added and nothing is copied.
+        :param num_spare_pages: pages that must be free after it, for those who hold tables already.
         :return: None if there are not enough pages; then nothing has changed.
         """
         keys, found = self._find_pages(ids)
         num_fresh = max(0, self._num_pages_for(num_tokens) - len(found))
-        if num_fresh > self.num_free_pages - sum(page in self._cached for page in found):
+        num_left = self.num_free_pages - sum(page in self._cached for page in found) - num_fresh
+        if num_left < num_spare_pages:
             return None
         num_reused = len(found) * self.page_tokens
         part = self._find_part(ids, num_reused, keys[-1] if keys else _ROOT_KEY) if num_fresh else None

@@ -76,6 +76,7 @@ class Admission:
     :param num_prefill: ids that were known at admission, all to be computed before the next token is chosen.
     :param num_launched: tokens whose keys and values are computed, or being computed by a launched step.
     :param num_chosen: tokens of the answer that are chosen, or being chosen by a launched step.
+    :param num_computed: tokens whose keys and values are known to be right.
     """
 
     sequence: Sequence
@@ -84,6 +85,7 @@ class Admission:
     num_prefill: int
     num_launched: int
     num_chosen: int
+    num_computed: int = 0
     num_in_flight: int = 0
 
     @property
@@ -177,6 +179,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
         self._admissions: dict[Sequence, Admission] = {}  # in the order of admission
+        self._num_free_when_refused: int | None = None
         self._pace = PrefillPace(limits)
         self._seconds_per_completion: float | None = None
         self._busy_s = 0.0
@@ -239,10 +242,11 @@ class Scheduler:
         """Give a waiting sequence its pages. None: not enough of them."""
         prefix = sequence.prompt_ids if sequence.prefix_ids is None else sequence.prefix_ids
         ids = TokenIds(prefix, sequence.output_ids)
+        if self._admissions and self.cache.num_free_pages == self._num_free_when_refused:
+            return None  # nothing has changed since, and looking for the prefix again costs time
         # Room to grow for those that run, else the newcomer would be preempted at once.
-        if self._admissions and self._pages_of(len(ids) + 1) + len(self._admissions) > self.cache.num_free_pages:
-            return None
-        opened = self.cache.open(ids, len(ids) + 1)
+        opened = self.cache.open(ids, len(ids) + 1, num_spare_pages=len(self._admissions))
+        self._num_free_when_refused = self.cache.num_free_pages if opened is None else None
         if opened is None:
             if not self._admissions:
                 # All pages are free and it still does not fit. The door refuses such prompts; nothing may hang here.
@@ -262,9 +266,6 @@ class Scheduler:
         admission = Admission(sequence, table, ids, len(ids), table.num_reused, num_outputs)
         self._admissions[sequence] = admission
         return admission
-
-    def _pages_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.cache.page_tokens)
 
     def _plan_decode(self, admission: Admission, step: Step) -> None:
         sequence = admission.sequence
@@ -336,7 +337,7 @@ class Scheduler:
     def _put_back(self, admission: Admission) -> None:
         sequence = admission.sequence
         del self._admissions[sequence]
-        self.cache.close(admission.table)
+        self._close(admission)
         sequence.state = State.WAITING
         self.waiting.appendleft(sequence)
 
@@ -348,6 +349,7 @@ class Scheduler:
         """A launched row was computed; the token it chose, if any, is not yet among the outputs."""
         admission = row.admission
         admission.num_in_flight -= 1
+        admission.num_computed = row.end
         self.cache.commit(admission.table, admission.ids, row.end)
         if row.end == admission.num_prefill:
             self.cache.commit_tail(admission.table, admission.ids, row.end)
@@ -366,9 +368,14 @@ class Scheduler:
         """Take a sequence out, wherever it is. Unknown ones are ignored: it may have left by another way."""
         admission = self._admissions.pop(sequence, None)
         if admission is not None:
-            self.cache.close(admission.table)
+            self._close(admission)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def _close(self, admission: Admission) -> None:
+        """Give the pages back; what is in them stays findable, for the next turn of a chat or for starting again."""
+        self.cache.commit_tail(admission.table, admission.ids, min(admission.num_computed, len(admission.ids)))
+        self.cache.close(admission.table)
 
     def discard(self, sequence: Sequence) -> list[int]:
         """Take a running sequence out and trust nothing that it computed. Returns the pages to be zeroed."""
