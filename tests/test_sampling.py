@@ -305,6 +305,13 @@ def test_ties_with_the_kth_stay_and_count_towards_top_p() -> None:
     assert (distribution(logits, row(top_k=2, top_p=0.6)) > 0).tolist() == [True, True, True, True, False]
 
 
+def test_top_k_alone_keeps_even_what_is_too_rare_to_count() -> None:
+    logits = torch.tensor([0.0, -40.0, -60.0, -80.0])
+    rows = [row(top_k=3), row(top_k=3, top_p=0.9)]
+    scores, _ = sampler_of(rows, 4).shape(logits.expand(2, -1), [0, 1], torch.arange(2), rows)
+    assert (scores > -1e20).tolist() == [[True, True, True, False], [True, False, False, False]]
+
+
 def test_likeliest_always_stays() -> None:
     for tiny in (dict(top_p=5e-324), dict(top_p=1e-9, top_k=3), dict(min_p=1.0), dict(top_k=1)):
         assert distribution(LOGITS, row(**tiny)).tolist() == [1.0] + [0.0] * 7
@@ -495,11 +502,11 @@ def test_slots_may_stand_in_any_order_and_keep_their_own_positions() -> None:
 
 def test_plain_draw_equals_sample_and_moves_on() -> None:
     rows = [row(seed=seed, temperature=seed / 4) for seed in range(6)]
-    drawing, sampling_ = sampler_of(rows, 8), sampler_of(rows, 8)
+    drawing, whole = sampler_of(rows, 8), sampler_of(rows, 8)
     answers = []
     for _ in range(12):
         tokens = drawing.draw(LOGITS.expand(6, -1), torch.arange(6))
-        assert torch.equal(tokens, sample(sampling_, LOGITS.expand(6, -1), rows).token_ids)
+        assert torch.equal(tokens, sample(whole, LOGITS.expand(6, -1), rows).token_ids)
         answers.append(tokens)
     assert all(len(set(answer)) > 1 for answer in torch.stack(answers)[:, 2:].T.tolist())
 
