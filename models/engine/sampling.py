@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from models.engine.sequence import SamplingOptions, TokenLogprobs
-from models.errors import NumericError
 
 # Below this the softmax is the likeliest token anyway, and dividing by less would overflow to NaN.
 _MIN_TEMPERATURE = 1e-4
@@ -225,7 +224,7 @@ class BatchSampler:
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, race: Race = race) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._race = race
+        self.race = race
         self._floats = torch.zeros(num_slots, 6, device=device)
         self._ints = torch.zeros(num_slots, 4, dtype=torch.int64, device=device)
         self._is_seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
@@ -285,7 +284,7 @@ class BatchSampler:
         :param slots: (batch,) int64, on the device.
         :return: (batch,) int64.
         """
-        token_ids = self._race(logits, *self._race_arguments(slots))
+        token_ids = self.race(logits, *self._race_arguments(slots))
         self._advance(slots)
         return token_ids
 
@@ -318,13 +317,13 @@ class BatchSampler:
             temperature, *noise = self._race_arguments(their_slots)
             arguments = ((temperature >= _MIN_TEMPERATURE).float(), *noise)
             is_any_drawn = any(_is_drawn(rows[i].options) for i in block)
-            _put(token_ids, index, self._race(scores, *arguments) if is_any_drawn else greedy(scores))
+            _put(token_ids, index, self.race(scores, *arguments) if is_any_drawn else greedy(scores))
             _put(has_choice, index, can_choose)
         if plain:
             their_logits = _take(logits, plain_index)
             is_any_drawn = any(_is_drawn(rows[i].options) for i in plain)
             arguments = self._race_arguments(_take(slots_tensor, plain_index))
-            _put(token_ids, plain_index, self._race(their_logits, *arguments) if is_any_drawn else greedy(their_logits))
+            _put(token_ids, plain_index, self.race(their_logits, *arguments) if is_any_drawn else greedy(their_logits))
         self._advance(slots_tensor)
         if any(_has_penalty(row.options) for row in rows):
             words = slots_tensor * self._vocab_size + token_ids
@@ -599,69 +598,3 @@ def _search(distance: torch.Tensor, top_p: torch.Tensor, is_compacting: bool) ->
         else:
             mass = mass * is_inside
     return found.int().view(torch.float32)
-
-
-class Sampler:
-    """The sampling state of one sequence.
-
-    :param prompt_ids: the prompt, which the repetition penalty counts as seen.
-    :param vocab_size: width of the logits.
-    """
-
-    def __init__(
-        self, options: SamplingOptions, prompt_ids: tuple[int, ...], vocab_size: int, device: torch.device
-    ) -> None:
-        self._options = options
-        self._generator = torch.Generator(device)
-        self._seen: torch.Tensor | None = None
-        if options.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(prompt_ids, device=device)] = True
-
-    def choose(self, logits: torch.Tensor, position: int) -> int:
-        """The next token id.
-
-        :param logits: (vocab_size,), any float dtype.
-        :param position: index of the new token in the answer, from 0.
-        :raise NumericError: NaN or Inf among the logits.
-        """
-        if not bool(torch.isfinite(logits).all()):
-            raise NumericError("the model gave NaN or Inf; the request was ended")
-        scores = logits.float()
-        if self._seen is not None:
-            scores = self._penalise(scores)
-        is_greedy = self._options.temperature < _MIN_TEMPERATURE
-        token_id = int(scores.argmax()) if is_greedy else self._draw(scores, position)
-        if self._seen is not None:
-            self._seen[token_id] = True
-        return token_id
-
-    def _penalise(self, scores: torch.Tensor) -> torch.Tensor:
-        """CTRL's penalty (arXiv:1909.05858, section 4.1) with the sign rule of transformers."""
-        penalty = self._options.repetition_penalty
-        assert self._seen is not None
-        return torch.where(self._seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-
-    def _draw(self, scores: torch.Tensor, position: int) -> int:
-        options = self._options
-        scores = scores / options.temperature
-        if 0 < options.top_k < scores.numel():
-            smallest_kept = scores.topk(options.top_k).values[-1]
-            scores = scores.masked_fill(scores < smallest_kept, float("-inf"))
-        if options.top_p < 1.0:
-            ordered, order = scores.sort(descending=True)
-            probabilities = ordered.softmax(-1)
-            # A token stays if those before it have not reached top_p yet; so the likeliest always stays.
-            is_cut = probabilities.cumsum(-1) - probabilities >= options.top_p
-            scores = scores.masked_fill(torch.zeros_like(is_cut).scatter(0, order, is_cut), float("-inf"))
-        probabilities = scores.softmax(-1)
-        # argmax(p / Exp(1)) draws from p (the exponential race), without a host round trip for the cumulative sum.
-        self._generator.manual_seed(_noise_seed(options.seed, position))
-        noise = torch.empty_like(probabilities).exponential_(generator=self._generator)
-        return int((probabilities / noise).argmax())
-
-
-def _noise_seed(seed: int, position: int) -> int:
-    """63 bits from a hash: neighbouring seeds or positions share nothing."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
