@@ -564,6 +564,7 @@ def test_startup_tells_each_phase_and_stops_the_server(tmp_path: Path, monkeypat
     assert [line.split("  ")[0] for line in startup.render([row]).splitlines()[1:]] == [
         "port answers",
         "avibe: weights",
+        "avibe: cache",
         "ready",
         "avibe: first answer",
     ]
