@@ -72,6 +72,9 @@ class FakeLaunched:
     def wait(self) -> None:
         return
 
+    def part_seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def outputs(self) -> Iterable[StepOutput]:
         return self._outputs
 

@@ -37,6 +37,9 @@ class SimulatedStep:
     def wait(self) -> None:
         return
 
+    def part_seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def outputs(self) -> Iterable[StepOutput]:
         return self._outputs
 

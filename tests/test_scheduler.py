@@ -105,7 +105,7 @@ def test_running_streams_come_before_prompts_and_shrink_their_chunk() -> None:
     stream, long = make(1, max_tokens=100), make(500)
     scheduler.add(stream, 0.0)
     step = scheduler.next_step(0.0)
-    scheduler.record_step(step, 0.001)
+    scheduler.record_step(step, 0.001, 0.0, 0.001)
     finish(scheduler, step)
     scheduler.add(long, 0.0)
     for _ in range(30):
@@ -113,7 +113,8 @@ def test_running_streams_come_before_prompts_and_shrink_their_chunk() -> None:
         assert step.decodes[0].sequence is stream
         if not step.prefills:
             break
-        scheduler.record_step(step, 0.005 * step.num_prefill_tokens)
+        prefill_s = 0.005 * step.num_prefill_tokens
+        scheduler.record_step(step, 0.001 + prefill_s, 0.001, prefill_s)
         finish(scheduler, step)
         last_chunk = step.num_prefill_tokens
     # 5 ms a token: about ten of them take 50 ms
@@ -128,9 +129,20 @@ def test_pace_keeps_to_the_delay_and_to_its_bounds() -> None:
         assert 16 <= pace.max_tokens(is_decoding=True) < 4096  # nothing measured yet: a careful guess
         scheduler = scheduler_of()
         scheduler.add(make(100), 0.0)
-        pace.record(scheduler.next_step(0.0), 100 * token_s)
+        pace.record(scheduler.next_step(0.0), 0.0, 100 * token_s)
         assert pace.max_tokens(is_decoding=True) == pytest.approx(expected, abs=1)
         assert pace.max_tokens(is_decoding=False) == 4096
+
+
+def test_slow_device_gives_prompts_the_time_of_three_decode_steps() -> None:
+    pace = PrefillPace(SchedulerLimits(max_running=1, min_chunk_tokens=1, max_prefill_delay_s=0.05))
+    scheduler = scheduler_of()
+    scheduler.add(make(100, max_tokens=1000), 0.0)
+    pace.record(scheduler.next_step(0.0), 0.0, 1.0)  # 10 ms a token
+    assert pace.max_tokens(is_decoding=True) == 5
+    for _ in range(100):
+        pace.record(scheduler.next_step(0.0), 0.1, 0.0)  # 100 ms a decode step
+    assert pace.max_tokens(is_decoding=True) in (29, 30)
 
 
 def test_pictures_of_a_step_keep_to_the_patch_budget() -> None:

@@ -60,6 +60,9 @@ class LaunchedStep(Protocol):
     def wait(self) -> None:
         """:raise EngineDead: the device cannot be used any more."""
 
+    def part_seconds(self) -> tuple[float, float]:
+        """What the decodes took, and the prefills; after `wait`."""
+
     def outputs(self) -> Iterable[StepOutput]:
         """One for each row, after `wait`."""
 
@@ -326,7 +329,7 @@ class EngineLoop:
         with self._wake:
             model.last_done = now
             model.used_s += seconds
-            model.scheduler.record_step(flight.step, seconds)
+            model.scheduler.record_step(flight.step, seconds, *flight.launched.part_seconds())
             self._pending_since = now
 
     def _finish_output(self, model: _Model, output: StepOutput) -> None:
@@ -416,6 +419,9 @@ class _FailedStep:
 
     def wait(self) -> None:
         return
+
+    def part_seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def outputs(self) -> Iterable[StepOutput]:
         return [StepOutput(row, error=self._error) for row in self._step.rows]

@@ -11,6 +11,7 @@ Which rows a step has is decided by `scheduler.py`; how tokens are chosen by `sa
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -74,6 +75,29 @@ class _Device:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
 
+class _Mark:
+    """A moment in the work of the device."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = time.perf_counter()
+        if is_cuda:
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def is_reached(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_to(self, other: _Mark) -> float:
+        if self._event is None or other._event is None:
+            return other._time - self._time
+        return float(self._event.elapsed_time(other._event)) / 1000
+
+
 @dataclass
 class _Part:
     """The decodes or the prefills of a launched step: what they gave, or why they failed.
@@ -114,24 +138,25 @@ class _Part:
 class _Launched:
     """Implements `loop.LaunchedStep`."""
 
-    def __init__(self, parts: list[_Part], event: torch.cuda.Event | None, on_done: Callable[[], None]) -> None:
-        self._parts, self._event, self._on_done = parts, event, on_done
+    def __init__(self, parts: list[_Part], marks: list[_Mark], on_done: Callable[[], None]) -> None:
+        self._parts, self._marks, self._on_done = parts, marks, on_done
 
     def is_done(self) -> bool:
-        if self._event is None:
-            return True
         try:
-            return bool(self._event.query())  # type: ignore[no-untyped-call]
+            return self._marks[-1].is_reached()
         except torch.AcceleratorError as error:
             raise _dead(error) from error
 
     def wait(self) -> None:
-        if self._event is not None:
-            try:
-                self._event.synchronize()
-            except torch.AcceleratorError as error:
-                raise _dead(error) from error
+        try:
+            self._marks[-1].wait()
+        except torch.AcceleratorError as error:
+            raise _dead(error) from error
         self._on_done()
+
+    def part_seconds(self) -> tuple[float, float]:
+        before, between, after = self._marks
+        return before.seconds_to(between), between.seconds_to(after)
 
     def outputs(self) -> Iterable[StepOutput]:
         for part in self._parts:
@@ -221,15 +246,13 @@ class PagedRunner:
             self._cache.copy(step.copies)
             parts = self._enter_rows(step.rows)
             refused = {id(row) for part in parts for row in part.rows}
+            marks = [_Mark(self._device.is_cuda)]
             for run, rows in ((self._decode, step.decodes), (self._prefill, step.prefills)):
                 rows = [row for row in rows if id(row) not in refused]
                 if rows:
                     parts.append(self._guarded(run, rows))
-            event = None
-            if self._device.is_cuda:
-                event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                event.record()
-        return _Launched(parts, event, self._after_step)
+                marks.append(_Mark(self._device.is_cuda))
+        return _Launched(parts, marks, self._after_step)
 
     def release(self, sequence: Sequence) -> None:
         slot = self._slots.pop(sequence, None)

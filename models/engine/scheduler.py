@@ -21,6 +21,9 @@ from models.errors import InternalError
 
 # Weight of the newest measurement in rates: about the last ten count.
 _SMOOTHING = 0.2
+# Where a decode step alone takes longer than the delay that prompts may add (a CPU), prompts get the time of so many
+# steps instead: else newcomers would wait for ever and the batch would never fill.
+_MAX_DELAY_STEPS = 3
 # A sequence whose step failed for want of memory is tried again so often.
 MAX_RETRIES = 2
 
@@ -32,7 +35,8 @@ class SchedulerLimits:
     :param max_step_tokens: most prompt tokens in one step.
     :param max_step_patches: most picture patches in one step; a single larger picture is still taken.
     :param min_chunk_tokens: prompt tokens that a step may read however slow they are.
-    :param max_prefill_delay_s: how long prompt tokens may hold back running streams in one step.
+    :param max_prefill_delay_s: how long prompt tokens may hold back running streams in one step, or three decode steps
+        if that is longer.
     """
 
     max_running: int
@@ -150,14 +154,13 @@ class PrefillPace:
         self._decode_s = 0.0
         self._token_s: float | None = None
 
-    def record(self, step: Step, seconds: float) -> None:
-        """A step took `seconds`. Steps with new pictures tell nothing about tokens."""
+    def record(self, step: Step, decode_s: float, prefill_s: float) -> None:
+        """What the two parts of a step took. Those with new pictures tell nothing about tokens."""
+        if step.decodes:
+            self._decode_s += _SMOOTHING * (decode_s - self._decode_s)
         num_tokens = step.num_prefill_tokens
-        if num_tokens == 0:
-            self._decode_s += _SMOOTHING * (seconds - self._decode_s)
-        elif not any(_new_patches(row.sequence, row.start, row.end) for row in step.prefills):
-            own_s = seconds - (self._decode_s if step.decodes else 0.0)
-            measured = max(own_s, 0.0) / num_tokens
+        if num_tokens and not any(_new_patches(row.sequence, row.start, row.end) for row in step.prefills):
+            measured = prefill_s / num_tokens
             known = measured if self._token_s is None else self._token_s
             self._token_s = known + _SMOOTHING * (measured - known)
 
@@ -168,7 +171,8 @@ class PrefillPace:
             return limits.max_step_tokens
         if self._token_s is None:
             return min(limits.max_step_tokens, 8 * limits.min_chunk_tokens)
-        fitting = int(limits.max_prefill_delay_s / self._token_s)
+        delay_s = max(limits.max_prefill_delay_s, _MAX_DELAY_STEPS * self._decode_s)
+        fitting = int(delay_s / self._token_s)
         return min(limits.max_step_tokens, max(limits.min_chunk_tokens, fitting))
 
 
@@ -389,9 +393,10 @@ class Scheduler:
             self.remove(sequence)
         return rest
 
-    def record_step(self, step: Step, seconds: float) -> None:
+    def record_step(self, step: Step, seconds: float, decode_s: float = 0.0, prefill_s: float = 0.0) -> None:
+        """A step took so much of the device's time, and its parts so much each."""
         self._busy_s += seconds
-        self._pace.record(step, seconds)
+        self._pace.record(step, decode_s, prefill_s)
 
     def record_completion(self) -> None:
         """A sequence left after running. The rate counts busy time only, so that idle gaps do not slow it."""
