@@ -13,11 +13,13 @@ from bench.report import Unable
 
 # Name -> module. Each has a docstring, `add_arguments(parser)` and `run(arguments) -> exit code`.
 COMMANDS = {
+    "decode": "decode",
     "load": "load",
     "startup": "startup",
     "mixed": "mixed",
     "http": "http_overhead",
     "pictures": "picture_soak",
+    "snapshot": "snapshot",
 }
 
 
