@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         longest = arguments.context + arguments.tokens + _SLACK_STEPS
         runner = model.make_runner(max(arguments.batch), longest)
         dice = random.Random(0)
-        rows = []
+        rows: list[DecodeRow] = []
         # Reading the prompts is not what is measured here: no stream is protected from it.
         with Engine([(model, runner)], max_prefill_delay_s=3600.0) as engine:
             for batch in arguments.batch:

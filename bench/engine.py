@@ -178,17 +178,14 @@ def encode(encoder: PromptEncoder, request: ImageRequest) -> EncodedPrompt:
 
 
 def as_new(dice: random.Random, prompt: EncodedPrompt) -> EncodedPrompt:
-    """The same pixels under a name that no cache has seen: encoding a picture costs the host 50 ms, which a load of
-    many pictures cannot pay while it measures the device."""
-    if prompt.prefix_ids is None:
-        return prompt
-    names: dict[int, int] = {}
-    prefix_ids = tuple(
-        names.setdefault(token_id, -dice.getrandbits(56) - 1) if token_id < 0 else token_id
-        for token_id in prompt.prefix_ids
-    )
+    """The same under a name that no cache has seen, neither that of prefixes nor that of pictures.
+
+    Encoding a new picture costs the host 50 ms, which a load of many pictures cannot pay while it measures the device.
+    """
+    known = prompt.ids if prompt.prefix_ids is None else prompt.prefix_ids
     pictures = tuple(replace(span, key=dice.randbytes(16)) for span in prompt.pictures)
-    return replace(prompt, prefix_ids=prefix_ids, pictures=pictures)
+    # The first id is enough: what follows is found by all that stands before it.
+    return replace(prompt, prefix_ids=(-dice.getrandbits(56) - 1, *known[1:]), pictures=pictures)
 
 
 @dataclass(frozen=True)

@@ -205,4 +205,5 @@ def write_processor(folder: Path) -> None:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in _SPECIAL}
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return {token: vocabulary[token] for token in _SPECIAL}
