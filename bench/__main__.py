@@ -23,7 +23,9 @@ COMMANDS = {
     "mixed": "mixed",
     "http": "http_overhead",
     "pictures": "picture_soak",
+    "memory": "memory",
     "snapshot": "snapshot",
+    "bars": "bars",
 }
 
 

@@ -432,11 +432,20 @@ class _Body(AnswerReader):
 
 def get_json(client: Client, path: str, key: str = "") -> dict[str, Any]:
     """What is at `path`; an empty object for anything but a JSON object. :raise Unable: nobody answers."""
+    return _parse(_get(client, path, key))
+
+
+def get_text(client: Client, path: str, key: str = "") -> str:
+    """What is at `path`. :raise Unable: nobody answers."""
+    return _get(client, path, key).decode(errors="replace")
+
+
+def _get(client: Client, path: str, key: str) -> bytes:
     reader = _Body()
     finished = client.ask(Job(request_bytes(client, path, key, None), reader))
     if finished.error is not None:
         raise Unable(f"http://{client.host}{client.prefix}{path} does not answer: {finished.error}")
-    return _parse(reader.body or finished.body)
+    return reader.body or finished.body
 
 
 def request_bytes(client: Client, path: str, key: str, fields: Mapping[str, Any] | None) -> bytes:
