@@ -185,7 +185,9 @@ def _http(results: Results, copied: float | None) -> list[Bar]:
         bars.append(Bar(f"HTTP, {_count(clients, 'client')}, mean to first token", "ms", 1e3 * first_s, None, first))
     for clients in (1, 8, 32):
         first = _milli(results.value("load-pictures", "time_to_first_token_s.mean", concurrency=clients, round=None))
-        bars.append(Bar(f"HTTP, {_count(clients, 'client')} with a picture, mean to first token", "ms", None, None, first))
+        bars.append(
+            Bar(f"HTTP, {_count(clients, 'client')} with a picture, mean to first token", "ms", None, None, first)
+        )
     return bars
 
 

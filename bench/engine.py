@@ -117,8 +117,9 @@ class Engine:
         stream.added_s = time.perf_counter()
         self._loop.add(name, stream.sequence)
 
-    def cancel(self, name: str, stream: Stream) -> None:
-        self._loop.cancel(name, stream.sequence)
+    def reused_tokens(self, name: str) -> int:
+        """Prompt tokens of this model that were found in the prefix cache so far."""
+        return self._loop.snapshot().caches[name].reused_tokens
 
     def add_together(self, name: str, streams: Sequence[Stream]) -> None:
         """So that the next step sees all of them: they are added between two steps, by the loop's own thread."""

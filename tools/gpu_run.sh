@@ -151,6 +151,7 @@ export PYTHON SNAPSHOTS text_shape picture_shape
 export -f show_environment run_tests write_snapshot write_snapshots
 
 # The numbers. Those without --tiny are the ones that the bars were measured with.
+# shellcheck disable=SC2054  # the commas are the options' own
 if $is_tiny; then
     text_shape=tiny picture_shape=tiny-vl
     decode=(--batch 1,8 --context 40 --tokens 8 --rounds 2)
