@@ -196,7 +196,7 @@ def _start(results: Results, _: float | None) -> list[Bar]:
     room = results.option("memory", "cache_share")
     percent = None if room is None else 100 * room
     return [
-        Bar("ready, both models, first start", "s", None, None, ready[0] if ready else None),
+        Bar("ready, both models, first start (nothing compiled)", "s", None, None, ready[0] if ready else None),
         Bar("ready, both models, restart", "s", reference.MAX_READY_S, None, ready[-1] if ready else None),
         Bar("KV room, of what weights leave", "%", 100 * reference.MIN_CACHE_SHARE, None, percent, False),
     ]

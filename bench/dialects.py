@@ -141,7 +141,10 @@ def _take_success(reader: AnswerReader, body: Mapping[str, Any]) -> None:
 
 
 class OpenAIStream(_Stream):
-    """Chunks of a chat or text completion, then `[DONE]`. A chunk that only names the role is no token yet."""
+    """Chunks of a chat or text completion, then `[DONE]`. A chunk that only names the role is no token yet.
+
+    A reason to finish completes an answer too: `transformers serve` never says `[DONE]`.
+    """
 
     def __init__(self, is_chat: bool) -> None:
         super().__init__()
@@ -161,6 +164,8 @@ class OpenAIStream(_Stream):
                 self._arrive(now_s)
             if has_text or choice.get("finish_reason"):
                 self.last_token_s = now_s
+            if choice.get("finish_reason"):
+                self.is_complete = True
         if chunk.get("usage"):
             _take_usage(self, chunk["usage"])
 

@@ -27,6 +27,7 @@ from models.schemas import ImageInput, ImageRequest, Message, SamplingParams
 
 # Longer than any load here takes; a hung device ends the benchmark with a sentence.
 _TIMEOUT_S = 900.0
+_STOP_S = 30.0
 _numbers = count()
 
 
@@ -111,7 +112,7 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.stop(_TIMEOUT_S)
+        self._loop.stop(_STOP_S)
 
     def add(self, name: str, stream: Stream) -> None:
         stream.added_s = time.perf_counter()
