@@ -31,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 PROJECT_ROOT = Path(__file__).resolve().parent
 PREFIXES = ("AVITO_", "AVIBE_", "AVISION_")
 MIN_OPS_TOKEN_CHARS = 16
@@ -62,6 +62,8 @@ class Limits:
     max_top_k: int = 1000
     min_repetition_penalty: float = 0.5
     max_repetition_penalty: float = 2.0
+    # OpenAI's bounds of presence_penalty and frequency_penalty, either side of 0.
+    max_penalty: float = 2.0
     max_seed: int = 2**63 - 1
     max_stop_strings: int = 8
     max_stop_chars: int = 128

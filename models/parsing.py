@@ -166,6 +166,13 @@ def _whole_number(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _penalty(limits: Limits, description: str) -> Any:
+    return Annotated[
+        float,
+        Field(ge=-limits.max_penalty, le=limits.max_penalty, allow_inf_nan=False, description=description),
+    ]
+
+
 def _text_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
     stop_string = Annotated[str, Field(min_length=1, max_length=limits.max_stop_chars)]
     return {
@@ -214,6 +221,36 @@ def _text_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
                 ),
             ],
             None,
+        ),
+        "min_p": (
+            Annotated[
+                float,
+                Field(
+                    ge=0,
+                    le=1,
+                    allow_inf_nan=False,
+                    description="Drop tokens less likely than this share of the likeliest (arXiv:2407.01082); 0: off.",
+                ),
+            ],
+            None,
+        ),
+        "presence_penalty": (_penalty(limits, "Above 0 makes tokens of the answer so far less likely, once."), 0.0),
+        "frequency_penalty": (_penalty(limits, "The same, for each time that a token was given."), 0.0),
+        "min_tokens": (
+            Annotated[
+                int,
+                Field(
+                    ge=0,
+                    le=limits.max_tokens,
+                    description="The answer does not end before so many tokens, or max_tokens.",
+                ),
+                BeforeValidator(_whole_number),
+            ],
+            0,
+        ),
+        "ignore_eos": (
+            Annotated[bool, Field(description="Go on to max_tokens whatever the model says; for measurements.")],
+            False,
         ),
         "seed": (
             Annotated[
@@ -296,6 +333,11 @@ def _sampling(fields: Mapping[str, Any]) -> SamplingParams:
         top_p=fields["top_p"],
         top_k=fields["top_k"],
         repetition_penalty=fields["repetition_penalty"],
+        min_p=fields["min_p"],
+        presence_penalty=fields["presence_penalty"],
+        frequency_penalty=fields["frequency_penalty"],
+        min_tokens=fields["min_tokens"],
+        ignore_eos=fields["ignore_eos"],
         seed=fields["seed"],
         stop=tuple(fields["stop"]),
     )

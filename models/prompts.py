@@ -136,7 +136,8 @@ def _without_added_vocabulary(tokenizer: Tokenizer) -> tuple[Tokenizer, frozense
 class PromptEncoder:
     """Requests of one model to prompts and resolved sampling options. Any thread may call it.
 
-    :param generation_defaults: `top_p`, `top_k`, `repetition_penalty` of the snapshot's generation_config.json.
+    :param generation_defaults: `top_p`, `top_k`, `min_p`, `repetition_penalty` of the snapshot's
+        generation_config.json.
     :param context_tokens: most tokens of prompt and answer together.
     :param image_processor: an image processor of transformers; None for a text model, as are the next two.
     :param image_token_id: the placeholder of pictures.
@@ -191,6 +192,11 @@ class PromptEncoder:
             repetition_penalty=pick(params.repetition_penalty, "repetition_penalty", 1.0),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self._stop_ids,
+            min_p=pick(params.min_p, "min_p", 0.0),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            min_tokens=params.min_tokens,
+            ignore_eos=params.ignore_eos,
         )
 
     def _encode_pictures(self, request: ImageRequest, check: Callable[[], None]) -> EncodedPrompt:

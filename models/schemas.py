@@ -28,6 +28,11 @@ class SamplingParams:
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
     seed: int | None = None
     stop: tuple[str, ...] = ()
 

@@ -569,10 +569,11 @@ def test_startup_tells_each_phase_and_stops_the_server(tmp_path: Path, monkeypat
     environ = startup_environ(tmp_path, monkeypatch)
     row = startup.measure([*startup.SERVER, "tests.fake_app:create()"], environ, 1, GENEROUS_S)
     assert 0 < row.live_s <= row.ready_s <= row.first_answer_s["avibe"]
-    assert list(row.phases_s["avibe"]) == ["weights"]
+    assert list(row.phases_s["avibe"]) == ["weights", "cache"]
     assert [line.split("  ")[0] for line in startup.render([row]).splitlines()[1:]] == [
         "port answers",
         "avibe: weights",
+        "avibe: cache",
         "ready",
         "avibe: first answer",
     ]

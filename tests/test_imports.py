@@ -17,7 +17,7 @@ OURS = {".".join(file.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuf
 TORCH = {
     "models.prompts",
     "models.loader",
-    *(f"models.engine.{name}" for name in ("attention", "sampling", "runner", "vision")),
+    *(f"models.engine.{name}" for name in ("attention", "graphs", "layers", "runner", "sampling", "vision")),
 }
 PILLOW = {"models.images"}
 # Top-level modules from the bottom to the top: each imports only from those before it and from `models`.

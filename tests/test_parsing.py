@@ -39,6 +39,8 @@ def test_absent_fields_get_the_defaults(parser: RequestParser) -> None:
     assert (sampling.max_tokens, sampling.temperature) == (DEFAULT_MAX_TOKENS["avibe"], DEFAULT_TEMPERATURE)
     assert (sampling.top_p, sampling.top_k, sampling.repetition_penalty, sampling.seed) == (None,) * 4
     assert sampling.stop == ()
+    assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (None, 0, 0)
+    assert (sampling.min_tokens, sampling.ignore_eos) == (0, False)
 
 
 def test_image_request_has_its_own_default_length(parser: RequestParser) -> None:
@@ -61,6 +63,14 @@ def test_image_request_has_its_own_default_length(parser: RequestParser) -> None
         ("top_k", 1000, 1001, "1000"),
         ("repetition_penalty", 0.5, 0.49, "0.5"),
         ("repetition_penalty", 2, 2.01, "2"),
+        ("min_p", 0, -0.01, "0"),
+        ("min_p", 1, 1.01, "1"),
+        ("presence_penalty", -2, -2.01, "-2"),
+        ("presence_penalty", 2, 2.01, "2"),
+        ("frequency_penalty", -2, -2.01, "-2"),
+        ("frequency_penalty", 2, 2.01, "2"),
+        ("min_tokens", 0, -1, "0"),
+        ("min_tokens", 20, 21, "20"),
         ("seed", 0, -1, "0"),
         ("seed", 2**63 - 1, 2**63, ""),
         ("stop", ["a", "b"], ["a", "b", "c"], "2"),

@@ -417,6 +417,9 @@ def test_generation_config_counts_where_request_is_silent(qwen3_folder: Path, tm
     assert (silent.top_k, silent.top_p, silent.temperature, silent.repetition_penalty) == (7, 0.5, 0.7, 1.0)
     spoken = encoder.sampling_options(SamplingParams(8, 0.7, top_k=3, top_p=0.9))
     assert (spoken.top_k, spoken.top_p) == (3, 0.9)
+    everything = dict(min_p=0.1, presence_penalty=0.5, frequency_penalty=-0.5, min_tokens=3, ignore_eos=True)
+    options = encoder.sampling_options(SamplingParams(8, 0.7, **everything))  # type: ignore[arg-type]
+    assert {name: getattr(options, name) for name in everything} == everything
     assert len(silent.stop_ids) == 2
 
 
