@@ -159,7 +159,7 @@ def read_beside(
             num_ready += 1
             if num_ready == arguments.streams:
                 engine.add(model.name, long)
-        return bool(long.times_s)
+        return long.ended.is_set()
 
     streams = [
         Stream(random_prompt(dice, model, min(arguments.prompt_tokens, 64)), sampling(1 << 20), must_end)
