@@ -13,11 +13,19 @@ from bench.report import Unable
 
 # Name -> module. Each has a docstring, `add_arguments(parser)` and `run(arguments) -> exit code`.
 COMMANDS = {
+    "decode": "decode",
+    "prefill": "prefill",
+    "vision": "vision",
+    "pair": "pair",
+    "same-answer": "same_answer",
     "load": "load",
     "startup": "startup",
     "mixed": "mixed",
     "http": "http_overhead",
     "pictures": "picture_soak",
+    "memory": "memory",
+    "snapshot": "snapshot",
+    "bars": "bars",
 }
 
 

@@ -141,7 +141,10 @@ def _take_success(reader: AnswerReader, body: Mapping[str, Any]) -> None:
 
 
 class OpenAIStream(_Stream):
-    """Chunks of a chat or text completion, then `[DONE]`. A chunk that only names the role is no token yet."""
+    """Chunks of a chat or text completion, then `[DONE]`. A chunk that only names the role is no token yet.
+
+    A reason to finish completes an answer too: `transformers serve` never says `[DONE]`.
+    """
 
     def __init__(self, is_chat: bool) -> None:
         super().__init__()
@@ -161,6 +164,8 @@ class OpenAIStream(_Stream):
                 self._arrive(now_s)
             if has_text or choice.get("finish_reason"):
                 self.last_token_s = now_s
+            if choice.get("finish_reason"):
+                self.is_complete = True
         if chunk.get("usage"):
             _take_usage(self, chunk["usage"])
 
@@ -432,11 +437,20 @@ class _Body(AnswerReader):
 
 def get_json(client: Client, path: str, key: str = "") -> dict[str, Any]:
     """What is at `path`; an empty object for anything but a JSON object. :raise Unable: nobody answers."""
+    return _parse(_get(client, path, key))
+
+
+def get_text(client: Client, path: str, key: str = "") -> str:
+    """What is at `path`. :raise Unable: nobody answers."""
+    return _get(client, path, key).decode(errors="replace")
+
+
+def _get(client: Client, path: str, key: str) -> bytes:
     reader = _Body()
     finished = client.ask(Job(request_bytes(client, path, key, None), reader))
     if finished.error is not None:
         raise Unable(f"http://{client.host}{client.prefix}{path} does not answer: {finished.error}")
-    return _parse(reader.body or finished.body)
+    return reader.body or finished.body
 
 
 def request_bytes(client: Client, path: str, key: str, fields: Mapping[str, Any] | None) -> bytes:

@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from config import EngineOptions, Limits
+from config import DType, EngineOptions, Limits
 from models.engine.attention import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS
 from models.engine.kv_cache import KVCache
 from models.engine.layers import SmallOperations, TextStack
@@ -35,6 +36,9 @@ log = logging.getLogger("avito.loader")
 
 # Graphs' own pools, cuBLAS workspaces and what the allocator loses to rounding; not measured per model.
 _CUDA_OVERHEAD_BYTES = 1024**3
+
+# How every file of a snapshot is read.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -120,33 +124,46 @@ def load_model(snapshot: Snapshot, *, engine: EngineOptions, limits: Limits, pha
         device = pick_device(engine.device)
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(engine.gpu_memory_fraction, device)
-        dtype = _pick_dtype(snapshot, device)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        dtype = pick_dtype(snapshot.dtype, device)
     with phase("tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(snapshot.tokenizer_folder, **local)
+        tokenizer = AutoTokenizer.from_pretrained(snapshot.tokenizer_folder, **_LOCAL)
         _take_chat_template(tokenizer, snapshot)
         processor = None
         if snapshot.model == "avision":
-            # backend="pil": the other one needs torchvision, which has no place in our requirements.
-            processor = AutoImageProcessor.from_pretrained(snapshot.folder, backend="pil", **local)
-            processor.size = {**dict(processor.size), "longest_edge": _longest_edge(processor, limits)}
+            processor = read_processor(snapshot.folder, limits)
     with phase("weights"):
-        model_class: Any = AutoModelForCausalLM if snapshot.model == "avibe" else AutoModelForImageTextToText
-        model, report = model_class.from_pretrained(
-            snapshot.folder,
-            dtype=dtype,
-            device_map={"": device} if device.type == "cuda" else None,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused with a sentence by _check_complete
-            **local,
-        )
-        _check_complete(report)
-        model.eval()
+        model = read_weights(snapshot, device, dtype)
     return prepare_model(
         model, tokenizer, processor, engine=engine, limits=limits, phase=phase, name=snapshot.model, device=device
     )
+
+
+def read_weights(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> Any:
+    """The library's own model on its device, in eval mode.
+
+    :raise LoadError: weights are missing or have another shape than config.json says.
+    """
+    model_class: Any = AutoModelForCausalLM if snapshot.model == "avibe" else AutoModelForImageTextToText
+    model, report = model_class.from_pretrained(
+        snapshot.folder,
+        dtype=dtype,
+        device_map={"": device} if device.type == "cuda" else None,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported, and refused with a sentence by _check_complete
+        **_LOCAL,
+    )
+    _check_complete(report)
+    return model.eval()
+
+
+def read_processor(folder: Path, limits: Limits) -> Any:
+    """The image processor of a snapshot, with our limit on pixels."""
+    # backend="pil": the other one needs torchvision, which has no place in our requirements.
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
+    processor.size = {**dict(processor.size), "longest_edge": _longest_edge(processor, limits)}
+    return processor
 
 
 def prepare_model(
@@ -235,10 +252,11 @@ def _check_complete(report: Any) -> None:
             raise LoadError(f"{len(names)} weights {what}, the first is {names[0]}")
 
 
-def _pick_dtype(snapshot: Snapshot, device: torch.device) -> torch.dtype:
-    if snapshot.dtype == "auto":
+def pick_dtype(setting: DType, device: torch.device) -> torch.dtype:
+    """`auto` takes float16 on CUDA and float32 on a CPU."""
+    if setting == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, snapshot.dtype)
+    dtype: torch.dtype = getattr(torch, setting)
     return dtype
 
 

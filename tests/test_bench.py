@@ -61,10 +61,12 @@ class FakeServer(socketserver.ThreadingTCPServer):
         is_streaming: bool = True,
         chat_refusal: tuple[int, str] | None = None,
         has_usage: bool = True,
+        has_done: bool = True,
     ) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.api, self.refused, self.segment_bytes = api, refused, segment_bytes
         self.is_streaming, self.chat_refusal, self.has_usage = is_streaming, chat_refusal, has_usage
+        self.has_done = has_done
         self.faults = list(faults)
         self.lock = threading.Lock()
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -156,7 +158,7 @@ class FakeHandler(socketserver.StreamRequestHandler):
         chunks.append(("", {"choices": [{"delta": {}, "finish_reason": "length"}] if is_chat else []}))
         if self.server.has_usage and "stream_options" in fields:
             chunks.append(("", {"choices": [], "usage": self.whole(fields)["usage"]}))
-        return [*chunks, ("", "[DONE]")]
+        return [*chunks, ("", "[DONE]")] if self.server.has_done else chunks
 
     def send_stream(self, events: list[tuple[str, Any]], is_cut: bool) -> bool:
         """In odd chunks and segments; with comments, CRLF ends and data of several lines."""
@@ -366,6 +368,13 @@ def test_deltas_are_counted_where_there_is_no_usage_and_that_is_said(serve: Any,
     assert code == 0
     assert told["rows"][0]["mean_output_tokens"] == ANSWER_TOKENS and told["rows"][0]["mean_input_tokens"] is None
     assert "deltas are counted" in printed and "two for each word" in printed
+
+
+def test_an_answer_is_complete_with_its_reason_to_finish_even_if_nobody_says_done(serve: Any, load: Any) -> None:
+    """`transformers serve` ends its streams so."""
+    code, told, _ = load(serve("openai", has_done=False), "--concurrency", "2", "--requests", "6")
+    assert code == 0 and told["rows"][0]["failures"] == {}
+    assert told["rows"][0]["mean_output_tokens"] == ANSWER_TOKENS
 
 
 @pytest.mark.parametrize("refusal", [(404, "not_found"), (400, "a chat template is needed")], ids=["door", "template"])
@@ -644,7 +653,7 @@ def test_help_lists_every_benchmark_and_a_client_of_load_loads_no_torch() -> Non
 
     listed = run("-m", "bench", "--help")
     for name in COMMANDS:
-        assert re.search(rf"^ +{name} ", listed, re.MULTILINE)
+        assert re.search(rf"^ +{name}\s", listed, re.MULTILINE)
     code = (
         "import sys; from bench.__main__ import main\n"
         "assert main(['load', '--url', 'http://127.0.0.1:1']) == 2\n"

@@ -240,3 +240,15 @@ def test_two_busy_models_share_the_device_by_time(ends: Ends) -> None:
     loop.stop(GENEROUS_S)
     assert slow.num_steps == pytest.approx(125, abs=2)
     assert fast.num_steps == pytest.approx(500, abs=8)
+
+
+def test_steps_that_are_all_done_are_collected_in_the_order_they_were_launched(ends: Ends) -> None:
+    """A model whose steps are always done by the time that somebody looks does not keep the other one waiting."""
+    engine = EngineLoop(time.monotonic)
+    for name in ("avibe", "avision"):
+        engine.add_model(name, EndlessRunner(max_steps_in_flight=2), SchedulerLimits(1))
+    engine.add("avibe", ends.make("endless", max_tokens=10**9))
+    engine.add("avision", ends.make("short", max_tokens=5))
+    for _ in range(50):
+        assert engine._pass()
+    assert ends.seen == ["short"]

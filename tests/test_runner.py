@@ -230,6 +230,15 @@ def test_greedy_batched_equals_generate(text_model: Served, options: dict[str, A
     assert run(text_model.runner(**options), *sequences) == expected_texts(text_model)
 
 
+def test_short_prompt_after_long_ones_in_captured_prefill_equals_generate(qwen3: Served) -> None:
+    """All graphs of the ladder share buffers, and what earlier prompts left there must not reach a smaller one."""
+    runner = qwen3.runner(capture=replayed)
+    long, short = [tuple(range(10 + index, 70 + index)) for index in range(3)], tuple(range(10, 30))
+    expected = [generate(qwen3.reference, ids) for ids in (*long, short)]
+    assert run(runner, *map(make_sequence, long)) == expected[:3]
+    assert run(runner, make_sequence(short)) == expected[3:]
+
+
 @pytest.mark.parametrize("budget", [1, 5, 17])
 def test_prompts_read_in_chunks_equal_generate(text_model: Served, budget: int) -> None:
     sequences = [make_sequence(text_ids(text_model, text)) for text in PROMPTS]

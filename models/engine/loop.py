@@ -287,6 +287,8 @@ class EngineLoop:
     def _next_done(self) -> str | None:
         """The model whose oldest step is done first; waits for it. None: no step is under way."""
         names = [name for name, model in self._models.items() if model.in_flight]
+        # Of several that are done the one launched first, or a busy model would never let the other one's be read.
+        names.sort(key=lambda name: self._models[name].in_flight[0].started)
         if len(names) > 1:
             while True:
                 for name in names:

@@ -566,6 +566,8 @@ class _PrefillGraphs:
         self._num_keys[num_rows] = padding
         self._cu_queries.fill_(size)
         self._cu_queries[: num_rows + 1] = plan.cu_queries
+        # What a longer prompt left there would lie outside of this graph's output, and on CUDA end the process.
+        self._last.zero_()
         if last:
             self._last[: len(last)] = self._link.put(last)
         return self._ladder.replay(size)[: len(last)]
