@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 from config import DType, EngineOptions, Limits
 from models.engine.attention import CPU_PAGE_TOKENS, CUDA_PAGE_TOKENS
 from models.engine.kv_cache import KVCache
-from models.engine.layers import SmallOperations, TextStack
+from models.engine.layers import SmallOperations, TextStack, fused
 from models.engine.memory import ModelNeeds, ModelShare
 from models.engine.runner import PagedRunner, RunnerSizes
-from models.engine.sampling import race
+from models.engine.sampling import race, race_rows
 from models.engine.scheduler import Scheduler, SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.engine.vision import VisionTower
@@ -303,7 +304,7 @@ def _make_encoder(tokenizer: Any, model: Any, processor: Any, limits: Limits, co
 
 def _compile(runner: PagedRunner) -> None:
     """Compile the small operations, or go on without if this machine cannot: it costs speed, not answers."""
-    runner.use(SmallOperations.compiled(), torch.compile(race, dynamic=True))
+    runner.use(SmallOperations.compiled(), partial(race, run=fused(race_rows, 4)))
     try:
         _warm_up(runner)
     except Exception as error:  # no C compiler, an unwritable cache folder, a driver that Triton does not know
@@ -312,11 +313,23 @@ def _compile(runner: PagedRunner) -> None:
 
 
 def _warm_up(runner: PagedRunner) -> None:
-    """One prompt and two tokens, as the loop would run them, in a scheduler of its own."""
-    scheduler = Scheduler(KVCache(runner.num_pages, runner.page_tokens), SchedulerLimits(max_running=1))
-    options = SamplingOptions(2, 0.7, 0.9, 20, 1.0, 0, frozenset())
-    sequence = Sequence("warm-up", (0,) * 24, options, float("inf"), lambda _: False, lambda *_: None)
-    scheduler.add(sequence, 0.0)
+    """Prompts and answers of two tokens, as the loop would run them, in a scheduler of its own: alone and by twos, with
+    the rows that are drawn from the logits as they are and with those that are not. What is compiled or loaded at first
+    use has then been used in each way."""
+    plain = SamplingOptions(2, 0.7, 1.0, 0, 1.0, 0, frozenset())
+    shaped = SamplingOptions(2, 0.7, 0.9, 20, 1.0, 0, frozenset())
+    for options in (plain, shaped):
+        for num in sorted({1, min(2, runner.max_running)}):
+            _warm_up_batch(runner, options, num)
+
+
+def _warm_up_batch(runner: PagedRunner, options: SamplingOptions, num: int) -> None:
+    scheduler = Scheduler(KVCache(runner.num_pages, runner.page_tokens), SchedulerLimits(max_running=num))
+    sequences = [
+        Sequence("warm-up", (0,) * 24, options, float("inf"), lambda _: False, lambda *_: None) for _ in range(num)
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence, 0.0)
     try:
         for _ in range(2):
             step = scheduler.next_step(0.0)
@@ -327,6 +340,7 @@ def _warm_up(runner: PagedRunner) -> None:
                     raise output.error
                 scheduler.record_row(output.row)
                 assert output.token_id is not None
-                sequence.output_ids.append(output.token_id)
+                output.sequence.output_ids.append(output.token_id)
     finally:
-        runner.release(sequence)
+        for sequence in sequences:
+            runner.release(sequence)

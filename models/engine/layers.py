@@ -104,6 +104,30 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+def fused(function: Callable[..., Any], num_batched: int) -> Callable[..., Any]:
+    """`function` compiled by `torch.compile`, for any number of rows.
+
+    Compiling takes seconds and happens at the first call with one row, and at the first with several; other dtypes of
+    the arguments count as first calls again. All sizes but the number of rows are constants of the kernels: with
+    `dynamic=True` widths, numbers of heads and even eps would be arguments of general, slower ones. What one model has
+    compiled does not count against the limit of another, which has other widths.
+
+    :param num_batched: so many of the first arguments are tensors with a row for each token or sequence.
+    """
+    from torch._dynamo import maybe_mark_dynamic
+
+    options: dict[str, Any] = dict(dynamic=False, fullgraph=True, isolate_recompiles=True)
+    compiled: Callable[..., Any] = torch.compile(function, **options)
+
+    def run(*arguments: Any) -> Any:
+        for tensor in arguments[:num_batched]:
+            if len(tensor) > 1:  # one row is always a kernel of its own
+                maybe_mark_dynamic(tensor, 0)
+        return compiled(*arguments)
+
+    return run
+
+
 @dataclass
 class SmallOperations:
     """What happens between the matrix products; eager or compiled."""
@@ -115,13 +139,8 @@ class SmallOperations:
 
     @classmethod
     def compiled(cls) -> SmallOperations:
-        """Each fused into one kernel; the number of tokens may vary. Compiling happens at the first calls."""
-
-        def fuse(function: Callable[..., Any]) -> Callable[..., Any]:
-            result: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
-            return result
-
-        return cls(fuse(rms_norm), fuse(add_norm), fuse(rotate_qk), fuse(silu_mul))
+        """Each fused into one kernel. Compiling happens at the first calls, see `fused`."""
+        return cls(fused(rms_norm, 1), fused(add_norm, 2), fused(rotate_qk, 3), fused(silu_mul, 1))
 
 
 class TextStack:

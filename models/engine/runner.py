@@ -228,6 +228,10 @@ class PagedRunner:
         return self._sizes.page_tokens
 
     @property
+    def max_running(self) -> int:
+        return self._sizes.max_running
+
+    @property
     def cache_bytes(self) -> int:
         return self._cache.num_bytes
 

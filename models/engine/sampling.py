@@ -77,26 +77,40 @@ def log_exponentials(bits: torch.Tensor) -> torch.Tensor:
     return u.neg_().log1p_().neg_().log_()
 
 
-def race(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def race_rows(
+    logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """What `race` does to some rows at once. Tensor operations alone, of shapes known beforehand: may be compiled, and
+    captured in a CUDA graph."""
+    is_greedy = temperature < _MIN_TEMPERATURE
+    scores = logits.float() / temperature.masked_fill(is_greedy, 1.0)[:, None]
+    noise = log_exponentials(noise_bits(keys, positions, logits.shape[1]))
+    return torch.addcmul(scores, noise, (is_greedy.float() - 1.0)[:, None]).argmax(-1)
+
+
+def race(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    run: Race = race_rows,
+) -> torch.Tensor:
     """Draw a token for each row from softmax(logits / temperature); the likeliest where that is below 1e-4.
 
-    Tensor operations alone, of shapes known beforehand: may be compiled, and captured in a CUDA graph. The noise has
-    the same bits everywhere; the last digits of its logarithm are the device's.
+    The noise has the same bits everywhere; the last digits of its logarithm are the device's.
 
     :param logits: (batch, vocab_size), any float type. A row with NaN gives any token; see `is_finite`.
     :param temperature: (batch,) float32.
     :param keys: (batch, 2) int64, of `noise_keys`.
     :param positions: (batch,) int64, index of the token in the answer.
+    :param run: `race_rows`, or a compiled form of it.
     :return: (batch,) int64.
     """
     block = _block_rows(logits)
-    if logits.device.type == "cpu" and len(logits) > block:
-        split = (torch.split(each, block) for each in (logits, temperature, keys, positions))
-        return torch.cat([race(*rows) for rows in zip(*split, strict=True)])
-    is_greedy = temperature < _MIN_TEMPERATURE
-    scores = logits.float() / temperature.masked_fill(is_greedy, 1.0)[:, None]
-    noise = log_exponentials(noise_bits(keys, positions, logits.shape[1]))
-    return torch.addcmul(scores, noise, (is_greedy.float() - 1.0)[:, None]).argmax(-1)
+    if logits.device.type != "cpu" or len(logits) <= block:
+        return run(logits, temperature, keys, positions)
+    split = (torch.split(each, block) for each in (logits, temperature, keys, positions))
+    return torch.cat([run(*rows) for rows in zip(*split, strict=True)])
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
