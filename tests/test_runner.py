@@ -6,12 +6,14 @@ import io
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +25,7 @@ from models.engine.loop import EngineLoop
 from models.engine.runner import PagedRunner, RunnerSizes
 from models.engine.scheduler import SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
-from models.errors import InternalError, LoadError, NumericError
+from models.errors import EngineDead, InternalError, LoadError, NumericError
 from models.images import read_header
 from models.loader import LoadedModel, load_model
 from models.prompts import PromptEncoder
@@ -408,6 +410,110 @@ def test_request_that_never_fits_into_memory_ends_with_an_error_and_others_go_on
     assert reason == "failed" and isinstance(error, InternalError) and "memory" in str(error)
     assert bad.num_retries == 3
     assert run(runner, make_sequence((5, 6, 7)), loop=loop) == expected
+
+
+def test_sticky_device_error_ends_the_engine_and_everybody_learns_it(qwen3: Served) -> None:
+    def fail(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        raise torch.AcceleratorError("injected: device-side assert")
+
+    loop = EngineLoop(lambda: 0.0)
+    loop.add_model("m", qwen3.runner(), SchedulerLimits(max_running=1))
+    sequences = [make_sequence((5, 6, 7)), make_sequence((8, 9))]
+    ends = Ends(*sequences)
+    for sequence in sequences:
+        loop.add("m", sequence)
+    with Poison(qwen3, fail):
+        loop._run()
+    assert loop.snapshot().is_dead
+    assert {type(error) for _, error in ends.seen.values()} == {EngineDead} and len(ends.seen) == 2
+    with pytest.raises(EngineDead):
+        loop.add("m", make_sequence((5,)))
+
+
+class Alternating:
+    """Allows even ids after odd ones and odd ids after even ones; each mask is ready at the second asking."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.parity, self.num_asked = vocab_size, 0, 0
+        self.seen: list[int] = []
+
+    def advance(self, token_id: int) -> None:
+        self.seen.append(token_id)
+        self.parity = 1 - token_id % 2
+
+    def allowed_mask(self) -> Any:
+        self.num_asked += 1
+        if self.num_asked % 2:
+            return None
+        word = 0x55555555 if self.parity == 0 else 0xAAAAAAAA - 2**32
+        return np.full(-(-self.vocab_size // 32), word, dtype=np.int32)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_grammar_row_keeps_to_its_mask_and_changes_nobody_else(qwen3: Served, depth: int) -> None:
+    grammar = Alternating(qwen3.loaded.stack.shape.vocab_size)
+    bound, free = make_sequence((5, 6, 7), temperature=0.9, seed=3), make_sequence((5, 6, 7), temperature=0.9, seed=3)
+    bound.constraint = grammar
+    alone = run(qwen3.runner(), make_sequence((5, 6, 7), temperature=0.9, seed=3))
+    answers = run(qwen3.runner(max_steps_in_flight=depth), bound, free)
+    assert [token_id % 2 for token_id in answers[0]] == [0, 1] * (NUM_TOKENS // 2)
+    assert grammar.seen == answers[0] and answers[1] == alone[0]
+
+
+def test_grammar_that_allows_nothing_ends_its_request_with_an_error(qwen3: Served) -> None:
+    class Nothing(Alternating):
+        def allowed_mask(self) -> Any:
+            return np.zeros(-(-self.vocab_size // 32), dtype=np.int32)
+
+    bad, good = make_sequence((5, 6, 7)), make_sequence((5, 6, 7))
+    bad.constraint = Nothing(qwen3.loaded.stack.shape.vocab_size)
+    ends = step_all(qwen3.runner(), bad, good)
+    assert isinstance(ends.seen[bad][1], InternalError) and ends.seen[good][0] == "length"
+
+
+def test_logprobs_are_those_of_the_model(qwen3: Served) -> None:
+    ids = text_ids(qwen3, PROMPTS[0])
+    asked, other = make_sequence(ids, num_logprobs=3, temperature=0.8, seed=1), make_sequence(ids, num_logprobs=None)
+    run(qwen3.runner(), asked, other)
+    assert other.logprobs == [] and len(asked.logprobs) == NUM_TOKENS
+    with torch.inference_mode():
+        logits = qwen3.reference(torch.tensor([[*ids, *asked.output_ids]])).logits[0, len(ids) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    for at, given in enumerate(asked.logprobs):
+        assert given.chosen == pytest.approx(float(expected[at, asked.output_ids[at]]), abs=1e-3)
+        assert [token_id for token_id, _ in given.top] == expected[at].topk(3).indices.tolist()
+
+
+def test_stop_ids_end_min_tokens_hold_them_back_and_ignore_eos_counts_them(qwen3: Served) -> None:
+    answer = run(qwen3.runner(), make_sequence((5, 6, 7)))[0]
+    stop = answer[4]
+    first = answer.index(stop)
+    stopped, held, ignoring = (
+        make_sequence((5, 6, 7), stop_ids=frozenset({stop}), **given)
+        for given in ({}, {"min_tokens": first + 3}, {"ignore_eos": True})
+    )
+    run(qwen3.runner(), stopped, held, ignoring)
+    assert stopped.output_ids == answer[:first]
+    assert len(held.output_ids) >= first + 3 and stop not in held.output_ids
+    assert ignoring.output_ids == answer
+
+
+def test_two_models_in_one_loop_answer_as_each_alone(qwen3: Served, vision: Served) -> None:
+    prompt = encode_pictures(vision, "a", picture(84, 56, 7))
+    loop = EngineLoop(time.monotonic)
+    runners = {"avibe": qwen3.runner(max_steps_in_flight=2), "avision": vision.runner(max_steps_in_flight=2)}
+    for name, runner in runners.items():
+        loop.add_model(name, runner, SchedulerLimits(max_running=8))
+    texts = [make_sequence(text_ids(qwen3, text)) for text in PROMPTS]
+    seeing = make_sequence(prompt.ids, prompt)
+    ends = Ends(*texts, seeing)
+    for sequence in texts:
+        loop.add("avibe", sequence)
+    loop.add("avision", seeing)
+    while len(ends.seen) < len(texts) + 1:
+        assert loop._pass()
+    assert [sequence.output_ids for sequence in texts] == expected_texts(qwen3)
+    assert seeing.output_ids == generate_pictures(vision, prompt)
 
 
 def test_id_outside_the_vocabulary_ends_only_its_request(qwen3: Served) -> None:

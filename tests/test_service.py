@@ -410,3 +410,34 @@ def test_many_threads_lose_no_place_and_no_answer(make_service: MakeService, wai
         thread.join(GENEROUS_S)
     assert len(outcomes) == 240 and "Done" in outcomes
     wait_until(lambda: places(service) == 0)
+
+
+def test_memory_is_divided_once_and_shown(make_service: MakeService) -> None:
+    service = make_service({"avibe": FakeLoaded(), "avision": FakeLoaded()})
+    planned = {
+        (sample.labels["model"], sample.labels["purpose"]): sample.value
+        for family in service.metrics.memory.collect()
+        for sample in family.samples
+    }
+    assert planned["avibe", "weights"] == planned["avision", "weights"] == 1000
+    # a million bytes without weights, less working room, 7 to 3
+    assert planned["avibe", "kv_cache"] == pytest.approx(0.7 * 999_800, abs=16)
+    assert planned["avision", "kv_cache"] == pytest.approx(0.3 * 999_800, abs=16)
+
+
+def test_models_that_do_not_fit_say_so_with_the_numbers(make_service: MakeService) -> None:
+    service = make_service({"avibe": FakeLoaded(memory_bytes=10)})
+    (why,) = service.snapshot().why_not_ready
+    assert why.startswith("avibe: loading failed") and "of memory may be taken" in why
+
+
+def test_cache_metrics_are_those_of_the_loop(make_service: MakeService) -> None:
+    service = make_service({"avibe": FakeLoaded()})
+    prompt = "a" * 45
+    for _ in range(2):
+        submit(service, prompt).wait_end(GENEROUS_S)
+    read = service.metrics.registry.get_sample_value
+    assert read("avito_prefix_cache_queries_total", {"model": "avibe"}) == 90
+    assert read("avito_prefix_cache_hits_total", {"model": "avibe"}) == 44
+    assert read("avito_kv_cache_usage_perc", {"model": "avibe"}) == 0
+    assert read("avito_kv_cache_capacity_tokens", {"model": "avision"}) == 0
