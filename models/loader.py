@@ -36,7 +36,7 @@ from models.snapshots import KNOWN_CLASSES, Snapshot
 log = logging.getLogger("avito.loader")
 
 # Graphs' own pools, cuBLAS workspaces and what the allocator loses to rounding; not measured per model.
-_CUDA_OVERHEAD_BYTES = 1024**3
+_CUDA_OVERHEAD_BYTES = 512 * 1024**2
 
 # How every file of a snapshot is read.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -230,8 +230,9 @@ def _workspace_bytes(
     # Of a layer's activations these live at the same time: residual, norm, attention's input and output, the MLP's.
     widths = 4 * shape.hidden_size + 3 * shape.num_heads * shape.head_dim + 3 * shape.intermediate_size
     activations = limits.max_step_tokens * widths * shape.dtype_bytes
-    # Logits, and what sampling makes of them: scores, noise and a few copies in float32, twice for two steps in flight.
-    sampling = max_running * shape.vocab_size * (shape.dtype_bytes + 10 * 4) * 2
+    # Logits, their buffer, and what sampling makes of them: scores, noise, copies: about 30 bytes a word. Two steps in
+    # flight use the same memory: it is freed and taken again in the order of the stream.
+    sampling = max_running * shape.vocab_size * (2 * shape.dtype_bytes + 30)
     tables = (max_running + 1) * shape.vocab_size * 5
     pictures = 0
     if tower is not None:

@@ -482,12 +482,20 @@ class PagedRunner:
             self._row_slots.zero_()
             self._decode_rows = []
 
+            # One buffer for the logits of all sizes: each graph's own would add up to several times as much.
+            logits_of = torch.empty(
+                self._sizes.max_running,
+                self._stack.shape.vocab_size,
+                dtype=self._stack.dtype,
+                device=self._stack.device,
+            )
+
             def make(size: int) -> Callable[[], Tensor]:
-                return lambda: self._decode_forward(self._row_slots[:size], self._sizes.max_pages)
+                slots = self._row_slots[:size]
+                return lambda: logits_of[:size].copy_(self._decode_forward(slots, self._sizes.max_pages))
 
             def make_draw(size: int) -> Callable[[], Tensor]:
-                logits = forwards.replay(size)
-                return lambda: self._draw(logits, self._row_slots[:size])
+                return lambda: self._draw(logits_of[:size], self._row_slots[:size])
 
             sizes = decode_sizes(self._sizes.max_running)
             forwards = GraphLadder(sizes, make, capture)
