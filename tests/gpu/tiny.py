@@ -105,7 +105,7 @@ def make_stack(device: torch.device, **changes: Any) -> TextStack:
     )
     torch.manual_seed(3)
     config = transformers.Qwen3Config(**{**shape, **changes})
-    model = transformers.Qwen3ForCausalLM(config).eval().to(torch.float16).to(device)  # type: ignore[arg-type]
+    model = transformers.Qwen3ForCausalLM(config).eval().to(torch.float16).to(device)
     return TextStack(model)
 
 
