@@ -522,7 +522,7 @@ class _PrefillGraphs:
     def _make(self, size: int) -> Callable[[], Tensor]:
         # A valid input to capture with: all tokens are padding.
         self._cu_queries.fill_(size)
-        self._cu_queries[0] = 0
+        self._cu_queries[:1].zero_()
         self._num_keys.fill_(size)
 
         def run() -> Tensor:
@@ -563,7 +563,8 @@ class _PrefillGraphs:
         self._page_table[:num_rows, : plan.page_table.shape[1]] = plan.page_table
         self._num_keys.zero_()
         self._num_keys[:num_rows] = plan.num_keys
-        self._num_keys[num_rows] = padding
+        # Not `[num_rows] = padding`: PyTorch makes that a copy of one number from the host, and waits for the device.
+        self._num_keys[num_rows].fill_(padding)
         self._cu_queries.fill_(size)
         self._cu_queries[: num_rows + 1] = plan.cu_queries
         # What a longer prompt left there would lie outside of this graph's output, and on CUDA end the process.
