@@ -62,7 +62,11 @@ class _Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
+        self.stream: torch.cuda.Stream | None = None
+        if self.is_cuda:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Weights were read and merged on the loading thread's stream, which this one does not wait for by itself.
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def put(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         """A tensor on the device. On CUDA the copy is ordered by the stream; its pinned source is kept until then by
