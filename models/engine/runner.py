@@ -217,6 +217,7 @@ class PagedRunner:
             self._sampler = BatchSampler(num_slots, shape.vocab_size, device)
         self._decode_rows: list[int] = []  # what `_row_slots` holds
         self._slots: dict[Sequence, int] = {}
+        self._failures: dict[Sequence, Exception] = {}
         self._num_pages_known: dict[int, int] = {}
         self._free_slots = list(range(sizes.max_running, 0, -1))
         self._decode_graphs: GraphLadder | None = None
@@ -259,6 +260,7 @@ class PagedRunner:
         return _Launched(parts, marks, self._after_step)
 
     def release(self, sequence: Sequence) -> None:
+        self._failures.pop(sequence, None)
         slot = self._slots.pop(sequence, None)
         if slot is not None:
             self._num_pages_known.pop(slot)
@@ -274,16 +276,23 @@ class PagedRunner:
             return run(rows)
         except torch.OutOfMemoryError as error:
             log.warning("the device ran out of memory in a step of %d sequences: %s", len(rows), type(error).__name__)
-            if self._device.is_cuda:
-                torch.cuda.empty_cache()
-            return _Part(rows, [], error=InternalError("the device ran out of memory"), is_retryable=True)
         except torch.AcceleratorError as error:
             raise _dead(error) from error
         except EngineDead:
             raise
         except Exception as error:
             log.exception("a step of %d sequences failed", len(rows))
-            return _Part(rows, [], error=error)
+            return self._failed(rows, error)
+        # Only here: inside of the handler the error's traceback still holds the tensors of the step.
+        if self._device.is_cuda:
+            torch.cuda.empty_cache()
+        return self._failed(rows, InternalError("the device ran out of memory"), is_retryable=True)
+
+    def _failed(self, rows: list[Row], error: Exception, *, is_retryable: bool = False) -> _Part:
+        """The part of rows that did not run. Until they are released, what the device knows of their slots is not to be
+        trusted: steps that were planned before this one is read must not run them."""
+        self._failures.update(dict.fromkeys((row.sequence for row in rows), error))
+        return _Part(rows, [], error=error, is_retryable=is_retryable)
 
     def _after_step(self) -> None:
         if self._device.is_cuda:
@@ -297,6 +306,9 @@ class PagedRunner:
         refused: list[_Part] = []
         for row in rows:
             sequence = row.sequence
+            if sequence in self._failures:
+                refused.append(_Part([row], [], error=self._failures[sequence]))
+                continue
             slot = self._slots.get(sequence)
             if slot is None:
                 slot = self._slots[sequence] = self._free_slots.pop()
@@ -304,7 +316,7 @@ class PagedRunner:
                 try:
                     self._sampler.set_slot(slot, sequence.sampling, sequence.prompt_ids, sequence.output_ids)
                 except ValueError as error:  # an id outside the vocabulary
-                    refused.append(_Part([row], [], error=error))
+                    refused.append(self._failed([row], error))
                     continue
                 if self._stack.num_position_axes > 1:
                     vision = sequence.vision
