@@ -314,6 +314,7 @@ class PagedRunner:
                 slot = self._slots[sequence] = self._free_slots.pop()
                 self._num_pages_known[slot] = 0
                 try:
+                    self._check_ids(sequence.prompt_ids)
                     self._sampler.set_slot(slot, sequence.sampling, sequence.prompt_ids, sequence.output_ids)
                 except ValueError as error:  # an id outside the vocabulary
                     refused.append(self._failed([row], error))
@@ -332,6 +333,12 @@ class PagedRunner:
             slots, values = self._device.put(deltas).unbind(1)
             self._rope_deltas[slots] = values
         return refused
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        """:raise ValueError: an id without an embedding, which on CUDA would end the process."""
+        num_embeddings = self._stack.embedding.shape[0]
+        if not 0 <= min(ids) <= max(ids) < num_embeddings:
+            raise ValueError(f"a token id of the prompt is outside of 0 to {num_embeddings - 1}")
 
     def _sample(self, logits: Tensor, rows: list[Row], slots: Tensor, slot_ids: list[int]) -> Sampled:
         asked = [SampledRow(row.sequence.sampling, row.mask, row.num_chosen) for row in rows]
