@@ -35,6 +35,8 @@ log = logging.getLogger("avito.engine")
 
 # Sequences in one captured prefill; more go the uncaptured way, which then is not bound by launches.
 _PREFILL_GRAPH_ROWS = 8
+# How old `memory_bytes` may be while steps run.
+_MEMORY_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class PagedRunner:
         self.max_steps_in_flight = max_steps_in_flight or (2 if self._device.is_cuda else 1)
         # Kept here, so that no other thread has to ask CUDA while the engine runs.
         self.memory_bytes = (0, 0)
+        self._measure_memory_at = 0.0
         # Slot 0 belongs to nobody: the rows that pad a graph use it, and it writes to page 0.
         num_slots, shape, device = sizes.max_running + 1, stack.shape, stack.device
         self._capture = capture
@@ -295,7 +298,9 @@ class PagedRunner:
         return _Part(rows, [], error=error, is_retryable=is_retryable)
 
     def _after_step(self) -> None:
-        if self._device.is_cuda:
+        # PyTorch makes a table of all its statistics for each of these numbers: too slow for every step.
+        if self._device.is_cuda and time.monotonic() >= self._measure_memory_at:
+            self._measure_memory_at = time.monotonic() + _MEMORY_INTERVAL_S
             device = self._device.device
             self.memory_bytes = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
