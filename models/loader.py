@@ -68,8 +68,13 @@ class LoadedModel:
         device = self.stack.device
         if device.type != "cuda":
             return self.engine.cpu_cache_bytes + all_weights_bytes
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        return int(min(total * self.engine.gpu_memory_fraction, free + torch.cuda.memory_reserved(device)))
+        reserved = torch.cuda.memory_reserved(device)
+        # The library reads all weights into one allocation. What merging freed of it are holes between weights, which
+        # count against the limit but are too small for a cache.
+        lost = max(0, reserved - all_weights_bytes)
+        return int(min(total * self.engine.gpu_memory_fraction, free + reserved)) - lost
 
     def make_runner(self, share: ModelShare, phase: Phase) -> PagedRunner:
         """Allocate the cache, and run the model once in each way that it will run: what is compiled, captured or
@@ -255,7 +260,12 @@ def _check_complete(report: Any) -> None:
 
 
 def pick_dtype(setting: DType, device: torch.device) -> torch.dtype:
-    """`auto` takes float16 on CUDA and float32 on a CPU."""
+    """`auto` takes float16 on CUDA and float32 on a CPU.
+
+    :raise LoadError: float32 on CUDA, which attention over pages does not take there.
+    """
+    if setting == "float32" and device.type == "cuda":
+        raise LoadError("dtype float32 runs on a CPU only; on CUDA take float16 or bfloat16")
     if setting == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, setting)

@@ -110,22 +110,29 @@ VarlenAttention = Callable[..., Any]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], plan: AttentionPlan, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: tuple[Tensor, Tensor],
+    plan: AttentionPlan,
+    scale: float,
+    kernel: VarlenAttention | None = None,
 ) -> Tensor:
     """Write the new keys and values of one layer, then attend causally over each sequence's pages.
 
     :param query: (T, num_heads, head_dim).
     :param key: (T, num_kv_heads, head_dim), rotated; `value` likewise.
     :param pages: the layer's keys and values, each (num_pages, page_tokens, num_kv_heads, head_dim).
+    :param kernel: for `attend_varlen`; default PyTorch's own on CUDA, none on a CPU.
     :return: (T, num_heads, head_dim).
     """
     all_keys, all_values = pages
     all_keys.flatten(0, 1).index_copy_(0, plan.write_at, key)
     all_values.flatten(0, 1).index_copy_(0, plan.write_at, value)
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return attend_varlen(query, all_keys, all_values, plan, scale, varlen_attn)
+    if kernel is None and query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+    if kernel is not None:
+        return attend_varlen(query, all_keys, all_values, plan, scale, kernel)
     if plan.max_queries == 1:
         return _decode_gathered(query, all_keys, all_values, plan, scale)
     return _prefill_gathered(query, all_keys, all_values, plan, scale)

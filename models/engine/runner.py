@@ -35,6 +35,8 @@ log = logging.getLogger("avito.engine")
 
 # Sequences in one captured prefill; more go the uncaptured way, which then is not bound by launches.
 _PREFILL_GRAPH_ROWS = 8
+# How old `memory_bytes` may be while steps run.
+_MEMORY_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class _Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
+        self.stream: torch.cuda.Stream | None = None
+        if self.is_cuda:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Weights were read and merged on the loading thread's stream, which this one does not wait for by itself.
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def put(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         """A tensor on the device. On CUDA the copy is ordered by the stream; its pinned source is kept until then by
@@ -191,6 +197,7 @@ class PagedRunner:
         self.max_steps_in_flight = max_steps_in_flight or (2 if self._device.is_cuda else 1)
         # Kept here, so that no other thread has to ask CUDA while the engine runs.
         self.memory_bytes = (0, 0)
+        self._measure_memory_at = 0.0
         # Slot 0 belongs to nobody: the rows that pad a graph use it, and it writes to page 0.
         num_slots, shape, device = sizes.max_running + 1, stack.shape, stack.device
         self._capture = capture
@@ -213,6 +220,7 @@ class PagedRunner:
             self._sampler = BatchSampler(num_slots, shape.vocab_size, device)
         self._decode_rows: list[int] = []  # what `_row_slots` holds
         self._slots: dict[Sequence, int] = {}
+        self._failures: dict[Sequence, Exception] = {}
         self._num_pages_known: dict[int, int] = {}
         self._free_slots = list(range(sizes.max_running, 0, -1))
         self._decode_graphs: GraphLadder | None = None
@@ -259,6 +267,7 @@ class PagedRunner:
         return _Launched(parts, marks, self._after_step)
 
     def release(self, sequence: Sequence) -> None:
+        self._failures.pop(sequence, None)
         slot = self._slots.pop(sequence, None)
         if slot is not None:
             self._num_pages_known.pop(slot)
@@ -274,19 +283,28 @@ class PagedRunner:
             return run(rows)
         except torch.OutOfMemoryError as error:
             log.warning("the device ran out of memory in a step of %d sequences: %s", len(rows), type(error).__name__)
-            if self._device.is_cuda:
-                torch.cuda.empty_cache()
-            return _Part(rows, [], error=InternalError("the device ran out of memory"), is_retryable=True)
         except torch.AcceleratorError as error:
             raise _dead(error) from error
         except EngineDead:
             raise
         except Exception as error:
             log.exception("a step of %d sequences failed", len(rows))
-            return _Part(rows, [], error=error)
+            return self._failed(rows, error)
+        # Only here: inside of the handler the error's traceback still holds the tensors of the step.
+        if self._device.is_cuda:
+            torch.cuda.empty_cache()
+        return self._failed(rows, InternalError("the device ran out of memory"), is_retryable=True)
+
+    def _failed(self, rows: list[Row], error: Exception, *, is_retryable: bool = False) -> _Part:
+        """The part of rows that did not run. Until they are released, what the device knows of their slots is not to be
+        trusted: steps that were planned before this one is read must not run them."""
+        self._failures.update(dict.fromkeys((row.sequence for row in rows), error))
+        return _Part(rows, [], error=error, is_retryable=is_retryable)
 
     def _after_step(self) -> None:
-        if self._device.is_cuda:
+        # PyTorch makes a table of all its statistics for each of these numbers: too slow for every step.
+        if self._device.is_cuda and time.monotonic() >= self._measure_memory_at:
+            self._measure_memory_at = time.monotonic() + _MEMORY_INTERVAL_S
             device = self._device.device
             self.memory_bytes = (torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
@@ -297,14 +315,18 @@ class PagedRunner:
         refused: list[_Part] = []
         for row in rows:
             sequence = row.sequence
+            if sequence in self._failures:
+                refused.append(_Part([row], [], error=self._failures[sequence]))
+                continue
             slot = self._slots.get(sequence)
             if slot is None:
                 slot = self._slots[sequence] = self._free_slots.pop()
                 self._num_pages_known[slot] = 0
                 try:
+                    self._check_ids(sequence.prompt_ids)
                     self._sampler.set_slot(slot, sequence.sampling, sequence.prompt_ids, sequence.output_ids)
                 except ValueError as error:  # an id outside the vocabulary
-                    refused.append(_Part([row], [], error=error))
+                    refused.append(self._failed([row], error))
                     continue
                 if self._stack.num_position_axes > 1:
                     vision = sequence.vision
@@ -320,6 +342,12 @@ class PagedRunner:
             slots, values = self._device.put(deltas).unbind(1)
             self._rope_deltas[slots] = values
         return refused
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        """:raise ValueError: an id without an embedding, which on CUDA would end the process."""
+        num_embeddings = self._stack.embedding.shape[0]
+        if not 0 <= min(ids) <= max(ids) < num_embeddings:
+            raise ValueError(f"a token id of the prompt is outside of 0 to {num_embeddings - 1}")
 
     def _sample(self, logits: Tensor, rows: list[Row], slots: Tensor, slot_ids: list[int]) -> Sampled:
         asked = [SampledRow(row.sequence.sampling, row.mask, row.num_chosen) for row in rows]
@@ -534,7 +562,7 @@ class _PrefillGraphs:
     def _make(self, size: int) -> Callable[[], Tensor]:
         # A valid input to capture with: all tokens are padding.
         self._cu_queries.fill_(size)
-        self._cu_queries[0] = 0
+        self._cu_queries[:1].zero_()
         self._num_keys.fill_(size)
 
         def run() -> Tensor:
@@ -575,7 +603,8 @@ class _PrefillGraphs:
         self._page_table[:num_rows, : plan.page_table.shape[1]] = plan.page_table
         self._num_keys.zero_()
         self._num_keys[:num_rows] = plan.num_keys
-        self._num_keys[num_rows] = padding
+        # Not `[num_rows] = padding`: PyTorch makes that a copy of one number from the host, and waits for the device.
+        self._num_keys[num_rows].fill_(padding)
         self._cu_queries.fill_(size)
         self._cu_queries[: num_rows + 1] = plan.cu_queries
         # What a longer prompt left there would lie outside of this graph's output, and on CUDA end the process.
