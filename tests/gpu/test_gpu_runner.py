@@ -51,6 +51,7 @@ def assert_as_generated(served: OnDevice, prompts: list[Any], *, is_captured: bo
     answers = [generate_on(served, prompt) for prompt in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):
         ours = all_logprobs(served.runner(is_captured=is_captured), prompt)
+        print(f"log-probabilities of the first token differ by {(ours - answer.logprobs[0]).abs().max():.4f} at most")
         torch.testing.assert_close(ours, answer.logprobs[0], rtol=0, atol=LOGPROB_TOLERANCE)
     runner = served.runner(is_captured=is_captured)
     outputs = run(runner, *(make_sequence(prompt.ids, prompt) for prompt in prompts))
