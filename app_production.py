@@ -13,7 +13,7 @@ import pages
 import web
 from accounting import Ledger
 from bodies import InMemoryRequest
-from config import Settings, load_settings
+from config import Settings, load_settings, set_torch_environment
 from models.parsing import RequestParser
 from models.service import ModelService
 from models.snapshots import find_snapshots
@@ -59,6 +59,7 @@ def make_service(settings: Settings) -> ModelService:
 
     :raise SnapshotError: a model path cannot be used.
     """
+    set_torch_environment(settings)
     return ModelService(
         find_snapshots(settings),
         settings.limits,

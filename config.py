@@ -408,9 +408,13 @@ class Settings(BaseModel):
         )
 
 
-def set_compile_cache(settings: Settings) -> None:
-    """Tell torch where to keep what it compiles, before it is imported. An operator's own variable wins."""
+def set_torch_environment(settings: Settings) -> None:
+    """What torch reads from the environment when it is imported. An operator's own variables win."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(PROJECT_ROOT / settings.compile_cache))
+    # Threads of a CPU that wait for each other by spinning take the time of those they wait for as soon as anything
+    # else runs: with one of two cores busy the embedded model made a third of the tokens. Asleep they cost a few
+    # percent on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _mask_password(value: str) -> str:

@@ -20,7 +20,7 @@ import transformers
 
 from bench.report import Unable
 from bench.shapes import SHAPES, Shape, make_model, make_tokenizer, write_processor
-from config import EngineOptions, Limits, Settings, set_compile_cache
+from config import EngineOptions, Limits, Settings, set_torch_environment
 from models.engine.memory import ModelShare
 from models.engine.runner import PagedRunner
 from models.errors import LoadError, SnapshotError
@@ -185,7 +185,7 @@ def load(source: ModelSource, max_running: int) -> BenchModel:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    set_compile_cache(Settings.model_validate({}))  # the service's own, so that neither compiles for the other
+    set_torch_environment(Settings.model_validate({}))  # the service's own, so that neither compiles for the other
     device, options = source.device, source.options
     default = options.max_running_cuda if device.type == "cuda" else options.max_running_cpu
     limits = Limits(max_running=max(max_running, default))

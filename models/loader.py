@@ -29,7 +29,7 @@ from models.engine.sampling import race, race_rows
 from models.engine.scheduler import Scheduler, SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.engine.vision import VisionTower
-from models.errors import LoadError
+from models.errors import EngineDead, LoadError
 from models.prompts import PromptEncoder, TextTokenizer
 from models.snapshots import KNOWN_CLASSES, Snapshot
 
@@ -98,8 +98,7 @@ class LoadedModel:
             _warm_up(runner)
         if is_cuda and self.engine.has_cuda_graphs:
             with phase("graphs"):
-                runner.capture_graphs()
-                _warm_up(runner)
+                _capture(runner)
         return runner
 
 
@@ -321,6 +320,18 @@ def _compile(runner: PagedRunner) -> None:
     except Exception as error:  # no C compiler, an unwritable cache folder, a driver that Triton does not know
         log.warning("torch.compile does not work here (%s), steps run uncompiled", type(error).__name__, exc_info=error)
         runner.use(SmallOperations(), race)
+
+
+def _capture(runner: PagedRunner) -> None:
+    """Capture the graphs, or go on without if this card cannot: it costs speed, not answers."""
+    try:
+        runner.capture_graphs()
+        _warm_up(runner)
+    except EngineDead:
+        raise
+    except Exception as error:  # a driver or a library that cannot be captured
+        log.warning("CUDA graphs do not work here (%s), steps run uncaptured", type(error).__name__, exc_info=error)
+        runner.drop_graphs()
 
 
 def _warm_up(runner: PagedRunner) -> None:

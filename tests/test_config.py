@@ -18,6 +18,7 @@ from config import (
     display_value,
     load_settings,
     main,
+    set_torch_environment,
     setting_names,
 )
 
@@ -145,3 +146,13 @@ def start_server(environ: dict[str, str]) -> str:
     result = subprocess.run(command, cwd=PROJECT_ROOT, env=environ, capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
     return result.stderr
+
+
+def test_torch_environment_is_set_and_an_operators_own_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    set_torch_environment(load_settings({"AVITO_COMPILE_CACHE": "elsewhere"}, None))
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    set_torch_environment(load_settings({"AVITO_COMPILE_CACHE": "elsewhere"}, None))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(PROJECT_ROOT / "elsewhere")

@@ -27,7 +27,7 @@ from models.engine.scheduler import SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.errors import EngineDead, InternalError, LoadError, NumericError
 from models.images import read_header
-from models.loader import LoadedModel, load_model
+from models.loader import LoadedModel, _capture, load_model
 from models.prompts import PromptEncoder
 from models.schemas import ImageInput, ImageRequest, Message, SamplingParams, TextRequest
 from models.snapshots import Snapshot
@@ -428,6 +428,18 @@ def test_sticky_device_error_ends_the_engine_and_everybody_learns_it(qwen3: Serv
     assert {type(error) for _, error in ends.seen.values()} == {EngineDead} and len(ends.seen) == 2
     with pytest.raises(EngineDead):
         loop.add("m", make_sequence((5,)))
+
+
+def test_card_that_cannot_capture_serves_without_graphs(qwen3: Served) -> None:
+    def refuse(run: Run) -> Run:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    runner = qwen3.runner()
+    runner._capture = refuse
+    _capture(runner)
+    assert not runner.has_graphs
+    sequences = [make_sequence(text_ids(qwen3, text)) for text in PROMPTS]
+    assert run(runner, *sequences) == expected_texts(qwen3)
 
 
 class Alternating:

@@ -531,6 +531,10 @@ class PagedRunner:
             prefills = _PrefillGraphs(self._stack, self._cache, self._sizes, self._device, capture)
             self._decode_graphs, self._draw_graphs, self._prefill_graphs = forwards, draws, prefills
 
+    def drop_graphs(self) -> None:
+        """Run without them from now on."""
+        self._decode_graphs = self._draw_graphs = self._prefill_graphs = None
+
     def use(self, operations: SmallOperations, race: Race) -> None:
         """Run with these from now on: eager or compiled ones."""
         self._stack.operations = operations
