@@ -66,7 +66,8 @@ class Server:
             with urllib.request.urlopen(request, timeout=GENEROUS_S) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+            with error:
+                return error.code, json.load(error)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=GENEROUS_S)
@@ -111,8 +112,12 @@ class Stream:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self.response = http.client.HTTPResponse(connection)
-        self.response.begin()
         self.num_comments = 0
+        try:
+            self.response.begin()
+        except BaseException:
+            self.close()
+            raise
 
     def next(self) -> tuple[str, dict[str, Any]] | None:
         """The next event; comments before it are counted. None at the end of the stream."""
