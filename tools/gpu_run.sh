@@ -182,7 +182,7 @@ else
 fi
 
 if wants environment; then step environment 60 bash -c show_environment; fi
-if wants tests; then step tests 240 bash -c run_tests; fi
+if wants tests; then step tests 420 bash -c run_tests; fi
 if wants decode; then bench decode 240 decode --shape "$text_shape" "${decode[@]}"; fi
 if wants decode-sampled; then
     bench decode-sampled 150 decode --shape "$text_shape" --sampled --no-generate "${decode[@]}"
