@@ -7,7 +7,6 @@ in a sequence's pages, and so gives a wrong answer as soon as a page is leaked t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +16,7 @@ from models.engine.loop import EngineLoop, StepOutput
 from models.engine.scheduler import Row, SchedulerLimits, Step
 from models.engine.sequence import SamplingOptions, Sequence
 from models.errors import InternalError, NumericError
+from tests.fakes import FakeLaunched
 
 MAX_TOKENS = 6
 POISON = -1
@@ -25,23 +25,6 @@ POISON = -1
 def choose(ids: list[int]) -> int:
     """A token that depends on everything before it, out of a small alphabet so that prefixes repeat."""
     return hashlib.blake2b(repr(ids).encode()).digest()[0] % 3
-
-
-class SimulatedStep:
-    def __init__(self, outputs: list[StepOutput]) -> None:
-        self._outputs = outputs
-
-    def is_done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return
-
-    def part_seconds(self) -> tuple[float, float]:
-        return 0.0, 0.0
-
-    def outputs(self) -> Iterable[StepOutput]:
-        return self._outputs
 
 
 class SimulatedDevice:
@@ -56,14 +39,14 @@ class SimulatedDevice:
         self.newest: dict[Sequence, int] = {}
         self.faults: dict[Sequence, str] = {}
 
-    def launch(self, step: Step) -> SimulatedStep:
+    def launch(self, step: Step) -> FakeLaunched:
         for copy in step.copies:
             self.pages[copy.target][: copy.num_tokens] = self.pages[copy.source][: copy.num_tokens]
         seen: set[Sequence] = set()
         for row in step.rows:
             assert row.sequence not in seen, "twice in one step"
             seen.add(row.sequence)
-        return SimulatedStep([self._run(row, row in step.decodes) for row in step.rows])
+        return FakeLaunched([self._run(row, row in step.decodes) for row in step.rows])
 
     def _run(self, row: Row, is_decode: bool) -> StepOutput:
         sequence = row.sequence
