@@ -26,7 +26,10 @@ from tests.fakes import FakeLoaded
 
 MANUAL = PROJECT_ROOT / "README_PRODUCTION.md"
 ARCHITECTURE = PROJECT_ROOT / "ARCHITECTURE.txt"
-MARKDOWN = [PROJECT_ROOT / name for name in ("README.md", MANUAL.name, "QUICKSTART.md", "SUMMARY.md", "CHANGELOG.md")]
+MARKDOWN = [
+    PROJECT_ROOT / name
+    for name in ("README.md", MANUAL.name, "QUICKSTART.md", "SUMMARY.md", "CHANGELOG.md", "docs/engine.md")
+]
 DOCUMENTS = [*MARKDOWN, ARCHITECTURE]
 MAX_SCREENSHOT_BYTES = 200_000
 # Names in documents that begin like a metric and are none: a file in a snapshot.
