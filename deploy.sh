@@ -283,7 +283,7 @@ stop_service() {
 }
 
 bring_up() {
-    local port
+    local port label="Ask    "
     require_sound_settings
     ensure_demo_model
     require_sound_models
@@ -293,8 +293,13 @@ bring_up() {
     say ""
     say "Open    http://localhost:$port"
     if [[ -n $(setting AVIBE_MODEL_PATH) ]]; then
-        say "Ask     curl -s http://localhost:$port/api/v1/text/generate -H 'Content-Type: application/json'" \
+        say "$label curl -s http://localhost:$port/api/v1/text/generate -H 'Content-Type: application/json'" \
             "-d '{\"prompt\": \"What is the capital of France?\"}'"
+        label="       "
+    fi
+    if [[ -n $(setting AVISION_MODEL_PATH) ]]; then
+        say "$label curl -s http://localhost:$port/api/v1/image/analyze -F image=@static/samples/shapes.png" \
+            "-F 'prompt=Describe the picture.'"
     fi
     say "Stop    ./deploy.sh stop"
 }

@@ -31,7 +31,7 @@ from models.engine.sequence import SamplingOptions, Sequence
 from models.engine.vision import VisionTower
 from models.errors import EngineDead, LoadError
 from models.prompts import PromptEncoder, TextTokenizer
-from models.snapshots import KNOWN_CLASSES, Snapshot
+from models.snapshots import KNOWN_CLASSES, Snapshot, check_demo_files
 
 log = logging.getLogger("avito.loader")
 
@@ -137,6 +137,7 @@ def load_model(snapshot: Snapshot, *, engine: EngineOptions, limits: Limits, pha
         if snapshot.model == "avision":
             processor = read_processor(snapshot.folder, limits)
     with phase("weights"):
+        check_demo_files(snapshot)
         model = read_weights(snapshot, device, dtype)
     return prepare_model(
         model, tokenizer, processor, engine=engine, limits=limits, phase=phase, name=snapshot.model, device=device

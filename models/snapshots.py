@@ -6,13 +6,14 @@ A path may be a plain snapshot folder or a hub cache root (`models--ORG--NAME/{r
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import PROJECT_ROOT, DType, Settings
-from models.errors import SnapshotError
+from models.errors import LoadError, SnapshotError
 from models.schemas import ModelName
 
 DEMO_MARKER = "avito_demo.json"
@@ -125,6 +126,28 @@ def _check(model: ModelName, path: str, tokenizer_path: str, dtype: DType) -> Sn
         raise SnapshotError(f"{setting}: no picture processor ({' or '.join(_PROCESSOR_FILES)}) in {folder}")
     is_demo = (folder / DEMO_MARKER).is_file()
     return Snapshot(model, folder, tokenizer_folder, dtype, str(architectures[0]), is_demo)
+
+
+def check_demo_files(snapshot: Snapshot) -> None:
+    """An embedded model must be the one that its marker was written for: its scores and its card are told of that one.
+
+    Reads every file that the marker gives a hash of, so it takes a moment. Called while loading.
+
+    :raise LoadError: the marker cannot be read, or a file is not the one that it names.
+    """
+    if not snapshot.is_demo:
+        return
+    try:
+        marker = json.loads((snapshot.folder / DEMO_MARKER).read_text(encoding="utf-8"))
+        hashes: dict[str, str] = dict(marker["sha256"])
+        if not any(name.endswith(".safetensors") for name in hashes):
+            raise LoadError(f"{DEMO_MARKER} of the embedded model names no weights")
+        for name, expected in hashes.items():
+            with (snapshot.folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise LoadError(f"{name} of the embedded model is not the file that {DEMO_MARKER} names: damaged?")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{DEMO_MARKER} or a file that it names cannot be read ({type(error).__name__})") from error
 
 
 def _check_weights(folder: Path, setting: str) -> None:

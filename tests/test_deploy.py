@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from config import Settings
 from tools import download_size, prepare_demo_avibe, service_client
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -269,6 +271,10 @@ class Script(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
     def log_message(self, format: str, *arguments: object) -> None:
         pass
 
@@ -322,6 +328,40 @@ def test_waiting_ends_at_once_when_the_process_ended():
     with pytest.raises(service_client.Failed, match="ended while it was starting"):
         service_client.wait_until_ready(nobody, process.pid, 30, say=print)
     process.wait()
+
+
+def completion(text: str, *, is_demo: bool) -> tuple[int, bytes]:
+    data = {"text": text, "generated_tokens": 9, "demo": is_demo}
+    return 200, json.dumps({"success": True, "data": data, "metrics": {"total_time": 0.5}}).encode()
+
+
+HEALTH = (200, b'{"status": "healthy", "version": "1", "uptime_seconds": 1, "models": {}}')
+METRICS = (200, b'{"system": {}, "gpu": {}, "application": {}}')
+BOTH = Settings.model_validate({"AVIBE_MODEL_PATH": "a", "AVISION_MODEL_PATH": "b"})
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        [completion("Paris.", is_demo=True), completion(service_client.DRAWING_SHOWS, is_demo=True), HEALTH, METRICS],
+        [completion("Paris.", is_demo=False), completion("A house, and more.", is_demo=False), HEALTH, METRICS],
+    ],
+    indirect=True,
+    ids=["embedded", "real"],
+)
+def test_trying_out_asks_both_models_and_shows_a_drawing(service):
+    said: list[str] = []
+    service_client.try_out(service, BOTH, say=said.append)
+    assert [line.split(":")[0] for line in said[:6:3]] == ["Asked", "Asked"]
+    assert "shapes.png" in said[3] and said[6:] == ["/api/health: 200, healthy", "/api/metrics: 200"]
+
+
+@pytest.mark.parametrize(
+    "service", [[completion("Paris.", is_demo=True), completion("A small blue moon.", is_demo=True)]], indirect=True
+)
+def test_an_embedded_avision_that_does_not_see_fails_the_trial(service):
+    with pytest.raises(service_client.Failed, match=r"does not see what shapes.png shows, which is: A large red house"):
+        service_client.try_out(service, BOTH, say=lambda line: None)
 
 
 @pytest.mark.parametrize("service", [[(200, b"<html>")]], indirect=True)

@@ -28,7 +28,15 @@ MANUAL = PROJECT_ROOT / "README_PRODUCTION.md"
 ARCHITECTURE = PROJECT_ROOT / "ARCHITECTURE.txt"
 MARKDOWN = [
     PROJECT_ROOT / name
-    for name in ("README.md", MANUAL.name, "QUICKSTART.md", "SUMMARY.md", "CHANGELOG.md", "docs/engine.md")
+    for name in (
+        "README.md",
+        MANUAL.name,
+        "QUICKSTART.md",
+        "SUMMARY.md",
+        "CHANGELOG.md",
+        "docs/engine.md",
+        "docs/demo-avision.md",
+    )
 ]
 DOCUMENTS = [*MARKDOWN, ARCHITECTURE]
 MAX_SCREENSHOT_BYTES = 200_000

@@ -10,6 +10,7 @@ Standard library only, for HTTP too: this is what an operator runs when things a
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import ConfigError, Settings, load_settings
+from config import PROJECT_ROOT, ConfigError, Settings, load_settings
 
 POLL_S = 0.2
 POLL_TIMEOUT_S = 5
@@ -28,6 +29,14 @@ MAX_RETRY_AFTER_S = 65
 
 QUESTION = "What is the capital of France?"
 PROOF = {"prompt": QUESTION, "temperature": 0, "max_tokens": 32}
+TEXT_DOOR, PICTURE_DOOR = "/api/v1/text/generate", "/api/v1/image/analyze"
+DRAWING = PROJECT_ROOT / "static" / "samples" / "shapes.png"
+PICTURE_QUESTION = "Describe the picture."
+# What is on it. The embedded Avision must say just this; another model may choose its words.
+DRAWING_SHOWS = (
+    "A large red house on the left, a small blue star at the bottom, a large pink heart on the right. "
+    "The price is 1250."
+)
 EXPECTED_KEYS = {
     "/api/health": {"status", "version", "uptime_seconds", "models"},
     "/api/metrics": {"system", "gpu", "application"},
@@ -133,9 +142,18 @@ def wait_until_ready(service: Service, pid: int, timeout_s: float, say: Say) -> 
 
 
 def try_out(service: Service, settings: Settings, say: Say) -> None:
-    """One real request to each door that tells most: text, health, metrics."""
+    """One real request to each door that tells most: text, a picture, health, metrics.
+
+    :raise Failed: a door did not answer as it must, or the embedded Avision does not see what is on a drawing.
+    """
+    deadline_s = settings.request_deadline_s
     if settings.avibe_model_path:
-        say_answer(ask_avibe(service, settings.request_deadline_s), say)
+        say_answer("Avibe", QUESTION, ask_model(service, TEXT_DOOR, PROOF, deadline_s), say)
+    if settings.avision_model_path:
+        body = ask_model(service, PICTURE_DOOR, picture_proof(), deadline_s)
+        say_answer("Avision", f"{DRAWING.name}: {PICTURE_QUESTION}", body, say)
+        if body["data"].get("demo") and body["data"]["text"] != DRAWING_SHOWS:
+            raise Failed(f"The embedded Avision does not see what {DRAWING.name} shows, which is: {DRAWING_SHOWS}")
     for path, keys in EXPECTED_KEYS.items():
         answer = service.ask(path)
         missing = sorted(keys - answer.body.keys())
@@ -146,14 +164,21 @@ def try_out(service: Service, settings: Settings, say: Say) -> None:
         say(f"{path}: {answer.status}{detail}")
 
 
-def ask_avibe(service: Service, deadline_s: float) -> dict[str, Any]:
-    """The success body of one real completion."""
-    path = "/api/v1/text/generate"
-    answer = service.ask(path, payload=PROOF, timeout_s=deadline_s + POLL_TIMEOUT_S)
+def picture_proof() -> dict[str, Any]:
+    picture = base64.b64encode(DRAWING.read_bytes()).decode("ascii")
+    return {"prompt": PICTURE_QUESTION, "image": picture, "temperature": 0, "max_tokens": 64}
+
+
+def ask_model(service: Service, path: str, payload: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+    """The success body of one real completion.
+
+    :raise Failed: there is none, or its text is empty.
+    """
+    answer = service.ask(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S)
     if answer.status == 429 and answer.retry_after_s is not None:
         # Restarts in a row can use up what one client may ask per minute.
         time.sleep(min(answer.retry_after_s, MAX_RETRY_AFTER_S))
-        answer = service.ask(path, payload=PROOF, timeout_s=deadline_s + POLL_TIMEOUT_S)
+        answer = service.ask(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S)
     body = answer.body
     if answer.status != 200 or body.get("success") is not True:
         raise Failed(f"{path} answered {answer.status}: {body.get('error', {}).get('message', body)}")
@@ -162,10 +187,10 @@ def ask_avibe(service: Service, deadline_s: float) -> dict[str, Any]:
     return body
 
 
-def say_answer(body: dict[str, Any], say: Say) -> None:
+def say_answer(name: str, question: str, body: dict[str, Any], say: Say) -> None:
     data, seconds = body["data"], body["metrics"]["total_time"]
-    say(f"Asked: {QUESTION}")
-    say(f"Avibe: {' '.join(data['text'].split())}")
+    say(f"Asked: {question}")
+    say(f"{name}: {' '.join(data['text'].split())}")
     who = ", embedded demo model" if data.get("demo") else ""
     say(f"       ({data['generated_tokens']} tokens in {seconds:.2f} s{who})")
 
@@ -203,7 +228,7 @@ def main() -> int:
     wait = commands.add_parser("wait", help="until ready, with the load phases")
     wait.add_argument("--pid", type=int, required=True, help="of the Gunicorn that was started")
     wait.add_argument("--timeout-s", type=float, required=True)
-    commands.add_parser("try", help="one real text, health and metrics request")
+    commands.add_parser("try", help="one real request each: text, picture, health, metrics")
     commands.add_parser("status", help="ready or why not")
     commands.add_parser("drain", help="before a stop, if AVITO_DRAIN_S asks for it")
     arguments = parser.parse_args()
