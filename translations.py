@@ -71,8 +71,10 @@ _ENGLISH: Final[dict[str, str]] = {
     "state.not_configured": "Not configured",
     "state.failed": "Failed",
     "state.demo": "Demo",
-    "note.demo": "A small embedded model answers here, so that everything can be tried without a GPU. "
+    "note.demo.avibe": "A small embedded model answers here, so that everything can be tried without a GPU. "
     "Expect simple and often wrong answers.",
+    "note.demo.avision": "A tiny embedded model answers here, so that everything can be tried without a GPU. "
+    "It knows only drawings of coloured shapes and price tags, and says so if asked about anything else.",
     "note.loading": "The model is still loading. You can write already; an answer comes once it is ready.",
     "note.failed": "The model could not be started. The reason is shown at",
     "note.not_configured": "This server runs without {model}. To turn it on, set {setting} to its model "
@@ -96,6 +98,15 @@ _ENGLISH: Final[dict[str, str]] = {
     "form.image_type": "Not a picture of a supported format: {name}",
     "form.image_count": "Too many pictures. At most: {limit}",
     "form.image_size": "Too big to send: {size}\N{NO-BREAK SPACE}MB. The limit is {limit}\N{NO-BREAK SPACE}MB in all.",
+    "sample.title": "Or try one of these drawings:",
+    "sample.save": "Save it, then choose it above.",
+    "sample.chosen": "The drawing is chosen.",
+    "sample.alt.shapes": "A red house, a blue star, a pink heart and a price tag",
+    "sample.alt.group": "Four purple moons and a price tag",
+    "sample.alt.inside": "A yellow cross inside a blue circle, and a price tag",
+    "sample.question.shapes": "Describe the picture.",
+    "sample.question.group": "How many moons are there?",
+    "sample.question.inside": "What is inside the circle?",
     "form.submit.avibe": "Ask Avibe",
     "form.submit.avision": "Ask Avision",
     "form.busy": "Working… {seconds} s",
@@ -209,8 +220,10 @@ _RUSSIAN: Final[dict[str, str]] = {
     "state.not_configured": "Не настроена",
     "state.failed": "Не запустилась",
     "state.demo": "Демо",
-    "note.demo": "Здесь отвечает небольшая встроенная модель, чтобы всё можно было попробовать без GPU. "
+    "note.demo.avibe": "Здесь отвечает небольшая встроенная модель, чтобы всё можно было попробовать без GPU. "
     "Её ответы просты и часто ошибочны.",
+    "note.demo.avision": "Здесь отвечает крошечная встроенная модель, чтобы всё можно было попробовать без GPU. "
+    "Она знает только рисунки с цветными фигурами и ценниками, а о прочем так и скажет.",
     "note.loading": "Модель ещё загружается. Запрос можно писать уже сейчас, ответ будет, когда она загрузится.",
     "note.failed": "Модель не удалось запустить. Причина указана здесь:",
     "note.not_configured": "Этот сервер работает без {model}. Чтобы включить модель, укажите путь к её папке "
@@ -234,6 +247,15 @@ _RUSSIAN: Final[dict[str, str]] = {
     "form.image_count": "Слишком много изображений. Можно не более: {limit}",
     "form.image_size": "Слишком большой объём: {size}\N{NO-BREAK SPACE}МБ. "
     "Предел — {limit}\N{NO-BREAK SPACE}МБ на все файлы.",
+    "sample.title": "Или попробуйте один из этих рисунков:",
+    "sample.save": "Сохраните его и выберите выше.",
+    "sample.chosen": "Рисунок выбран.",
+    "sample.alt.shapes": "Красный дом, синяя звезда, розовое сердце и ценник",
+    "sample.alt.group": "Четыре фиолетовых месяца и ценник",
+    "sample.alt.inside": "Жёлтый крест внутри синего круга и ценник",
+    "sample.question.shapes": "Опиши картинку.",
+    "sample.question.group": "Сколько здесь месяцев?",
+    "sample.question.inside": "Что внутри круга?",
     "form.submit.avibe": "Спросить Avibe",
     "form.submit.avision": "Спросить Avision",
     "form.busy": "Думаю… {seconds} с",

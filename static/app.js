@@ -214,10 +214,13 @@
     const accepted = input.accept.split(",");
     let pictures = []; // what `input.files` holds, in order
     let urls = [];
+    let sampleTurn = 0;
 
     drop.classList.add("is-enhanced");
     root.querySelector("[data-drop-label]").hidden = false;
     if (input.files.length) add([...input.files]);
+    const samples = [...root.querySelectorAll("[data-sample]")];
+    for (const sample of samples) sample.addEventListener("click", (event) => trySample(event, sample));
 
     input.addEventListener("change", () => add([...input.files]));
 
@@ -244,6 +247,33 @@
       event.preventDefault();
       add(files);
     });
+
+    // The drawing becomes the chosen picture. Its question too, unless the reader has written one.
+    async function trySample(event, sample) {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return; // in a window of its own
+      event.preventDefault();
+      if (!isOn() || form.querySelector("[data-submit]").disabled) return;
+      const turn = ++sampleTurn;
+      try {
+        const response = await fetch(sample.href);
+        if (!response.ok) throw new Error(response.statusText);
+        const blob = await response.blob();
+        if (turn !== sampleTurn) return; // another was clicked meanwhile
+        choose([new File([blob], sample.dataset.sample, { type: blob.type })], "");
+      } catch {
+        problem.textContent = texts.textNetworkHint;
+        problem.hidden = false;
+        return;
+      }
+      const { prompt } = form.elements;
+      const isOurs = !prompt.value.trim() || samples.some((other) => other.dataset.question === prompt.value);
+      if (isOurs) {
+        prompt.value = sample.dataset.question;
+        prompt.dispatchEvent(new Event("input", { bubbles: true }));
+      }
+      root.querySelector("[data-status]").textContent = texts.textSampleChosen;
+      form.querySelector("[data-submit]").focus();
+    }
 
     function add(files) {
       let message = "";

@@ -31,6 +31,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The application itself, with the embedded Avision."""
+    settings = {"AVIBE_MODEL_PATH": "", "AVISION_MODEL_PATH": "vision/demo", "AVITO_DEVICE": "cpu"}
+    running = Server(tmp_path_factory.mktemp("demo"), "", settings).wait_ready()
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
@@ -46,13 +56,13 @@ def open_page(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
     contexts: list[Any] = []
     complaints: list[str] = []
 
-    def open_(path: str = "/", **options: Any) -> Any:
+    def open_(path: str = "/", of: Server | None = None, **options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        home = f"http://127.0.0.1:{server.port}"
+        home = f"http://127.0.0.1:{(of or server).port}"
         page.on("request", lambda r: None if r.url.startswith((home, "data:", "blob:")) else complaints.append(r.url))
         page.goto(home + path)
         return page
@@ -115,6 +125,48 @@ def test_docs_show_every_operation(open_page: Any) -> None:
     page.locator(".opblock").first.wait_for()
     shown = page.locator(".opblock-summary-path").all_inner_texts()
     assert {text.replace("\u200b", "") for text in shown} >= {"/api/v1/text/generate", "/api/v1/image/analyze"}
+
+
+@pytest.mark.parametrize(
+    ("lang", "question", "answer"),
+    [
+        ("en", "How many moons are there?", "4"),
+        ("ru", "Сколько здесь месяцев?", "4"),
+        ("en", "What is inside the circle?", "A small yellow cross."),
+        ("ru", "Что внутри круга?", "Маленький жёлтый крест."),
+    ],
+)
+def test_a_click_on_a_sample_chooses_it_with_its_question_and_the_demo_answers(
+    open_page: Any, demo_server: Server, lang: str, question: str, answer: str
+) -> None:
+    page = open_page(f"/?lang={lang}", of=demo_server)
+    page.click(f"[data-question='{question}']")
+    page.locator("[data-thumbs] img").wait_for()
+    assert page.locator("form[action^='/avision'] [name=prompt]").input_value() == question
+    page.keyboard.press("Enter")  # the focus is on the button
+    outcome = page.locator("#avision-outcome")
+    outcome.locator("[data-answer]").wait_for()
+    assert outcome.locator("[data-answer]").inner_text() == answer
+    assert outcome.locator(".badge-demo").count() == 1
+
+
+def test_own_question_is_kept_when_a_sample_is_chosen(open_page: Any, demo_server: Server) -> None:
+    page = open_page("/?lang=en", of=demo_server)
+    page.fill("form[action^='/avision'] [name=prompt]", "What is the price?")
+    page.click("[data-sample='shapes.png']")
+    page.locator("[data-thumbs] img").wait_for()
+    page.click("[data-sample='group.png']")
+    page.locator("[data-thumbs]").get_by_text("group.png").wait_for()
+    assert page.locator("[data-thumbs] img").count() == 1
+    assert page.locator("form[action^='/avision'] [name=prompt]").input_value() == "What is the price?"
+
+
+def test_samples_are_links_to_the_pictures_without_javascript(open_page: Any, demo_server: Server) -> None:
+    page = open_page("/?lang=en", of=demo_server, java_script_enabled=False)
+    link = page.locator("[data-sample='shapes.png']")
+    picture = page.request.get(f"http://127.0.0.1:{demo_server.port}{link.get_attribute('href')}")
+    assert picture.status == 200 and picture.headers["content-type"] == "image/png"
+    assert page.get_by_text("Save it, then choose it above.").is_visible()
 
 
 def test_unconfigured_model_is_explained(open_page: Any, tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ def example_values() -> dict[str, str]:
 def test_env_example_names_every_setting_with_its_default() -> None:
     defaults = load_settings({}, env_file=None)
     expected = {name: display_value(defaults, attribute) for name, attribute in setting_names().items()}
-    # The one value that is not the default: it makes the newcomer's installation answer.
-    assert example_values() == expected | {"AVIBE_MODEL_PATH": "vibe/demo"}
+    # The two values that are not the defaults: they make the newcomer's installation answer.
+    assert example_values() == expected | {"AVIBE_MODEL_PATH": "vibe/demo", "AVISION_MODEL_PATH": "vision/demo"}
 
 
 def test_env_example_says_what_each_setting_is_for() -> None:

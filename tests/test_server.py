@@ -30,7 +30,10 @@ MAX_BODY = 16 * 1024 * 1024
 
 
 class Server:
-    """One Gunicorn on a free port of the loopback."""
+    """One Gunicorn on a free port of the loopback.
+
+    :param factory: a call of `tests.fake_app`; empty: the application itself, with the models of `settings`.
+    """
 
     def __init__(
         self, folder: Path, factory: str, settings: dict[str, str], limit: Callable[[], None] | None = None
@@ -44,7 +47,8 @@ class Server:
         self.log = folder / "log"
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "-c", "gunicorn_config.py", f"tests.fake_app:{factory}"],
+                [sys.executable, "-m", "gunicorn", "-c", "gunicorn_config.py"]
+                + ([f"tests.fake_app:{factory}"] if factory else []),
                 cwd=PROJECT_ROOT,
                 env=environ,
                 stdout=out,

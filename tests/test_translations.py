@@ -15,12 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "templates").glob("*.html"))}
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "static").glob("*.js"))}
 MODELS = ("avibe", "avision")
+SAMPLES = ("shapes", "group", "inside")
 
 # A key that a template puts together, `t('state.' ~ state)`: its beginning -> what may follow.
 KEY_FAMILIES = {
     "error.": ERROR_CODES,
     "state.": ("ready", "loading", "not_configured", "failed"),
     "home.": MODELS,
+    "note.demo.": MODELS,
+    "sample.alt.": SAMPLES,
+    "sample.question.": SAMPLES,
     "form.prompt.": MODELS,
     "form.placeholder.": MODELS,
     "form.submit.": MODELS,

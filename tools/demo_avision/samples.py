@@ -21,7 +21,7 @@ SAMPLES = {
             Thing("star", "blue", "small", 0.58, 0.68, 0.09),
             Thing("heart", "pink", "large", 0.97, 0.42, 0.16),
         ),
-        Tag(1250, 0.34, 0.03),
+        Tag(1250, 0.4, 0.03),
     ),
     "group": Scene(
         280,
