@@ -220,6 +220,7 @@
     root.querySelector("[data-drop-label]").hidden = false;
     if (input.files.length) add([...input.files]);
     const samples = [...root.querySelectorAll("[data-sample]")];
+    for (const hint of root.querySelectorAll("[data-sample-save]")) hint.hidden = true; // a click does it
     for (const sample of samples) sample.addEventListener("click", (event) => trySample(event, sample));
 
     input.addEventListener("change", () => add([...input.files]));
