@@ -37,8 +37,8 @@ BARS: dict[str, dict[str, float]] = {
         "position": 0.95,
         "price": 0.90,
     },
-    # A description names up to three such pairs, each with its size and place; it is told, and has no bar.
     "pairs of shape and colour never seen": {
+        "description": 0.80,
         "colour": 0.80,
         "shape": 0.80,
         "count": 0.80,

@@ -4,9 +4,10 @@ Its world is in `tools/demo_avision/`: drawings of coloured shapes and price tag
 on from the checkpoint of the last; it may be stopped at any time and goes on from the last checkpoint, three minutes
 old at most. Reads nothing but this project and needs no network; the service is not involved.
 
-    python -m tools.train_demo_avision train --stage one --minutes 10
-    python -m tools.train_demo_avision train --stage whole --minutes 90
-    python -m tools.train_demo_avision write --output vision/demo
+    python -m tools.train_demo_avision train --stage one --minutes 6
+    python -m tools.train_demo_avision write
+
+The whole recipe is in docs/demo-avision.md.
 """
 
 from __future__ import annotations
@@ -81,14 +82,7 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"Going on from step {trainer.num_steps}" if trainer.load() else "Starting anew", flush=True)
     stage = STAGES[arguments.stage]
     mix = Mix(stage=stage, pair_share=arguments.pair_share)
-    plan = Plan(
-        mix,
-        minutes=arguments.minutes,
-        batch_rows=arguments.batch_rows,
-        rate=Plan.rate * arguments.rate_share,
-        other_rate=Plan.other_rate * arguments.rate_share,
-        final_share=arguments.final_share,
-    )
+    plan = Plan(mix, minutes=arguments.minutes, batch_rows=arguments.batch_rows, final_share=arguments.final_share)
     exams = {
         "seen": Exam(tokenizer, mix, num_rows=4 * plan.batch_rows, batch_rows=plan.batch_rows, seed="exam"),
         "held out": Exam(
@@ -179,7 +173,6 @@ def main(argv: list[str] | None = None) -> int:
     training.add_argument("--stage", choices=STAGES, required=True, help="how much of the world is drawn")
     training.add_argument("--minutes", type=float, required=True)
     training.add_argument("--batch-rows", type=int, default=Plan.batch_rows, help="pictures with their questions")
-    training.add_argument("--rate-share", type=float, default=1.0, help="of the usual rates; less to mend one thing")
     training.add_argument("--final-share", type=float, default=Plan.final_share, help="of the rates at the end; 1: all")
     training.add_argument("--pair-share", type=float, default=Mix.pair_share, help="of rows with two pictures")
     training.add_argument("--exam-every", type=int, default=6, help="in reports of 50 steps; default: 6")

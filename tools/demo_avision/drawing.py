@@ -93,7 +93,8 @@ def background(width: int, height: int, random: Random) -> Image.Image:
 
 def _light(random: Random) -> Colour:
     grey = random.randint(205, 255)
-    return tuple(max(195, min(255, grey + random.randint(-14, 14))) for _ in range(3))  # type: ignore[return-value]
+    red, green, blue = (max(195, min(255, grey + random.randint(-14, 14))) for _ in range(3))
+    return red, green, blue
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,7 @@
 
 The forward here computes what the library's own does (a test holds the two together), for many rows at once. Windows
 and questions are masks, not loops, and pictures are padded to one size, so that `torch.compile` makes one program of
-it. On a CPU with AMX most of the time would else go to small operations.
+each model. On a CPU with AMX most of the time would else go to small operations.
 
 Two things make it learn in two hours on two cores. Every patch is labelled with what it shows (shape, colour, size,
 digit), and a linear layer that is thrown away afterwards must tell it from the vision tower's output. And each picture
