@@ -58,9 +58,9 @@ def corpus() -> Iterator[str]:
                 yield turn.question
                 yield turn.answer
             if scene.layout == "group":
-                other, what = change_scene(scene, random)
+                other = change_scene(scene, random)
                 yield ask("difference", language, random)
-                yield difference(scene, other, what, language)
+                yield difference(scene, other, language)
             yield foreign.sample_question(random, language)
     for _ in range(200):
         yield from REFUSAL.values()

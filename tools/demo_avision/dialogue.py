@@ -5,9 +5,11 @@ Plain Python over `world.py`; the answers are what the embedded Avision is train
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from tools.demo_avision.words import (
     ADJECTIVES,
@@ -279,77 +281,120 @@ class _Turns:
 # Two pictures.
 
 
-def change_scene(scene: Scene, random: Random) -> tuple[Scene, str]:
-    """A scene that differs from this one in one respect, and which: `colour`, `shape`, `size`, `number`, `price`, or
-    `nothing`. Take scenes of one thing or of a group."""
+_CHANGE_SHARE = 0.35
+
+
+def change_scene(scene: Scene, random: Random) -> Scene:
+    """A scene that may differ from this one in number, size, colour, shape and price, each at times; in one
+    of three nothing differs. Take scenes of one thing or of a group."""
+    for change in (_recount, _resize, _recolour, _reshape, _reprice):
+        if random.random() < _CHANGE_SHARE:
+            scene = change(scene, random)
+    return scene
+
+
+def _alter(scene: Scene, **changes: Any) -> Scene:
+    """The same of all its things, unless that makes a pair that training never shows."""
+    things = tuple(replace(each, **changes) for each in scene.things)
+    return scene if (things[0].shape, things[0].colour) in HELD_OUT else replace(scene, things=things)
+
+
+def _recolour(scene: Scene, random: Random) -> Scene:
+    return _alter(scene, colour=random.choice(COLOURS))
+
+
+def _reshape(scene: Scene, random: Random) -> Scene:
+    return _alter(scene, shape=random.choice(SHAPES))
+
+
+def _resize(scene: Scene, random: Random) -> Scene:
     thing = scene.things[0]
-    changes: dict[str, Callable[[], Scene | None]] = {
-        "colour": lambda: _repaint(scene, thing.shape, random.choice(COLOURS)),
-        "shape": lambda: _repaint(scene, random.choice(SHAPES), thing.colour),
-        "size": lambda: _resize(scene),
-        "number": lambda: _recount(scene, random),
-        "price": lambda: _reprice(scene, random),
-        "nothing": lambda: scene,
-    }
-    while True:
-        what = random.choice(list(changes))
-        changed = changes[what]()
-        if changed is not None:
-            return changed, what
-
-
-def _repaint(scene: Scene, shape: str, colour: str) -> Scene | None:
-    thing = scene.things[0]
-    if (shape, colour) == (thing.shape, thing.colour) or (shape, colour) in HELD_OUT:
-        return None
-    return replace(scene, things=tuple(replace(each, shape=shape, colour=colour) for each in scene.things))
-
-
-def _resize(scene: Scene) -> Scene | None:
-    if scene.things[0].size != SIZES[1]:  # what grows could run into something
-        return None
+    if thing.size != SIZES[1]:  # what grows could run into something
+        return scene
     things = tuple(replace(each, size=SIZES[0], radius=each.radius * 0.54) for each in scene.things)
     return replace(scene, things=things)
 
 
-def _recount(scene: Scene, random: Random) -> Scene | None:
+def _recount(scene: Scene, random: Random) -> Scene:
     if len(scene.things) < 3:
-        return None
+        return scene
     return replace(scene, things=scene.things[: random.randint(2, len(scene.things) - 1)])
 
 
-def _reprice(scene: Scene, random: Random) -> Scene | None:
+def _reprice(scene: Scene, random: Random) -> Scene:
     if scene.tag is None:
-        return None
-    price = sample_price(random)
-    while len(str(price)) != len(str(scene.tag.price)) or price == scene.tag.price:
+        return scene
+    old = str(scene.tag.price)
+    index = random.randrange(len(old))
+    price = int(f"{old[:index]}{random.randint(1, 9)}{old[index + 1 :]}")  # one digit: the hardest to tell apart
+    while random.random() < 0.5 or len(str(price)) != len(old):  # a longer one may not have room
         price = sample_price(random)
     return replace(scene, tag=Tag(price, scene.tag.x, scene.tag.y))
 
 
-def difference(first: Scene, second: Scene, what: str, language: Language) -> str:
-    """The answer to what differs between two scenes made by `change_scene`: what either shows, then the difference."""
+def difference(first: Scene, second: Scene, language: Language) -> str:
+    """The answer to what differs between two scenes of one thing or of a group: quality by quality what either shows,
+    then whether that is the same. Each verdict stands right after the two words that it follows from; one verdict at
+    the end of two whole descriptions was not learned."""
+    compared = [
+        f"{quality.name[language]} {quality.of(first, language)} {_AND[language]} {quality.of(second, language)}: "
+        + (quality.same if quality.of(first, language) == quality.of(second, language) else quality.different)[language]
+        for quality in _QUALITIES
+        if quality.of(first, language) and quality.of(second, language)
+    ]
+    return sentence("; ".join(compared))
+
+
+_AND: dict[Language, str] = {"en": "and", "ru": "и"}
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """What two scenes are compared by.
+
+    :param of: its word for a scene, in the nominative; empty where a scene has none.
+    """
+
+    name: dict[Language, str]
+    of: Callable[[Scene, Language], str]
+    same: dict[Language, str]
+    different: dict[Language, str]
+
+
+def _quality_of_scenes(
+    english: str, russian: str, same: str, different: str, of: Callable[[Scene, Language], str]
+) -> _Quality:
+    return _Quality(
+        {"en": english, "ru": russian}, of, {"en": "the same", "ru": same}, {"en": "different", "ru": different}
+    )
+
+
+_QUALITIES = (
+    _quality_of_scenes("number", "количество", "то же", "разное", lambda scene, language: str(len(scene.things))),
+    _quality_of_scenes(
+        "size", "размер", "тот же", "разный", lambda scene, language: _word(scene.things[0].size, language)
+    ),
+    _quality_of_scenes(
+        "colour", "цвет", "тот же", "разный", lambda scene, language: _word(scene.things[0].colour, language)
+    ),
+    _quality_of_scenes(
+        "shape", "форма", "та же", "разная", lambda scene, language: _word(scene.things[0].shape, language)
+    ),
+    _quality_of_scenes(
+        "price", "цена", "та же", "разная", lambda scene, language: str(scene.tag.price) if scene.tag else ""
+    ),
+)
+
+
+def _word(word: str, language: Language) -> str:
     if language == "en":
-        verdict = "they are the same" if what == "nothing" else f"the {what} differs"
-        return f"First {_offer(first, language)}, then {_offer(second, language)}: {verdict}."
-    return f"Сначала {_offer(first, language)}, затем {_offer(second, language)}: {_DIFFERENT[what]}."
+        return word
+    return NOUNS[word].nominative if word in NOUNS else ADJECTIVES[word].m
 
 
-_DIFFERENT = {
-    "colour": "разный цвет",
-    "shape": "разная форма",
-    "size": "разный размер",
-    "number": "разное количество",
-    "price": "разная цена",
-    "nothing": "они одинаковые",
-}
+_VERDICT = re.compile(r"(?<=: )[^;.]+")
 
 
-def _offer(scene: Scene, language: Language) -> str:
-    """`two small red stars for 45`."""
-    things = scene.things
-    is_group = scene.layout == "group"
-    name = group_name_of(things[0], len(things), language) if is_group else name_of(things[0], language)
-    if scene.tag is None:
-        return name
-    return f"{name} {'for' if language == 'en' else 'за'} {scene.tag.price}"
+def verdicts(answer: str) -> list[tuple[int, int]]:
+    """(begin, end) in characters of what an answer concludes from the words before it: what stands after a colon."""
+    return [match.span() for match in _VERDICT.finditer(answer)]

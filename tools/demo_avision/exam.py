@@ -77,13 +77,11 @@ def about_pairs(number: int, seed: str) -> Iterator[Question]:
         scene = sample_scene(random)
         while scene.layout != "group" and len(scene.things) > 1:
             scene = sample_scene(random)
-        changed, what = change_scene(scene, random)
+        changed = change_scene(scene, random)
         if random.random() < 0.5:
             scene, changed = changed, scene
         language = LANGUAGES[index % 2]
-        turn = Turn(
-            "difference", language, ask("difference", language, random), difference(scene, changed, what, language)
-        )
+        turn = Turn("difference", language, ask("difference", language, random), difference(scene, changed, language))
         pictures = tuple(encode(draw_scene(each, random), random) for each in (scene, changed))
         yield _question("difference", pictures, turn)
 

@@ -32,6 +32,7 @@ from tools.demo_avision.dialogue import (
     describe,
     difference,
     turns,
+    verdicts,
 )
 from tools.demo_avision.drawing import ODD_FORMS, ODD_PAINTS, digit_centre, draw_scene, encode
 from tools.demo_avision.snapshot import (
@@ -94,10 +95,10 @@ class Mix:
     """
 
     stage: Stage = STAGES["whole"]
-    pair_share: float = 0.2
+    pair_share: float = 0.3
     foreign_picture_share: float = 0.06
-    odd_paint_share: float = 0.15
-    odd_shape_share: float = 0.15
+    odd_paint_share: float = 0.2
+    odd_shape_share: float = 0.2
     held_out: bool = False
 
 
@@ -184,6 +185,13 @@ class Wording:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def is_verdict(self, answer: str) -> list[bool]:
+        """For each token of an answer: whether a verdict starts there; what goes on in it is certain."""
+        begins = {begin for begin, _ in verdicts(answer)}
+        offsets = self._tokenizer.encode(answer, add_special_tokens=False).offsets
+        # A token may start with the space before the word.
+        return [begin in begins or (begin + 1 in begins and begin + 1 < end) for begin, end in offsets]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -242,10 +250,9 @@ def make_row(pictures: tuple[Picture, ...], questions: list[Turn], words: Wordin
         ids += asked + answer
         segments += [len(kinds)] * (len(asked) + len(answer))
         targets += [IGNORED] * (len(asked) - 1) + answer + [IGNORED]
-        reasons, colon, _ = turn.answer.rpartition(":")
-        verdict = len(words.ids(reasons + colon)) if colon else len(answer)
-        weights += [1.0] * (len(asked) - 1 + verdict) + [_VERDICT_WEIGHT] * (len(answer) - verdict) + [1.0]
-        is_open += [False] * len(asked) + [not colon] * len(answer)
+        is_verdict = words.is_verdict(turn.answer)
+        weights += [1.0] * (len(asked) - 1) + [_VERDICT_WEIGHT if each else 1.0 for each in is_verdict] + [1.0, 1.0]
+        is_open += [False] * len(asked) + [not any(is_verdict)] * len(answer)
         positions.append(np.arange(next_position, next_position + len(asked) + len(answer))[None].repeat(3, 0))
     missing = ROW_TOKENS - len(ids)
     positions.append(np.zeros((3, missing), dtype=np.int64))
@@ -320,13 +327,13 @@ def _pair_row(random: Random, mix: Mix, words: Wording) -> Row:
         first = sample_scene(random, mix.stage, held_out=mix.held_out)
         if first.layout == "group" or len(first.things) == 1:
             break
-    second, what = change_scene(first, random)
+    second = change_scene(first, random)
     if random.random() < 0.5:
         first, second = second, first
     questions = []
     for language in LANGUAGES:
         for kind, answer in (
-            ("difference", difference(first, second, what, language)),
+            ("difference", difference(first, second, language)),
             ("describe_first", describe(first, language)),
             ("describe_second", describe(second, language)),
         ):
