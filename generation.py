@@ -14,7 +14,7 @@ from flask import g, request
 
 from accounting import Exchange
 from models.errors import DeadlineExceeded, InternalError, RequestCancelled
-from models.schemas import Completion, ImageRequest, TextRequest
+from models.schemas import Completion, ImageRequest, RawRequest, Request
 from models.service import ModelService
 from models.streaming import Channel, Delta, Done, Failed
 
@@ -25,7 +25,7 @@ _BACKSTOP_S = 5.0
 _LAST_STEP_S = 1.0
 
 
-def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Completion:
+def complete(service: ModelService, parsed: Request) -> Completion:
     """Submit and wait for the whole answer.
 
     :raise ServiceError: as `ModelService.submit`, or what the request ended with.
@@ -38,7 +38,7 @@ def complete(service: ModelService, parsed: TextRequest | ImageRequest) -> Compl
         generation.close()
 
 
-def stream(service: ModelService, parsed: TextRequest | ImageRequest) -> EventStream:
+def stream(service: ModelService, parsed: Request) -> EventStream:
     """Submit; the answer is read from what comes back, and outlives the request's hooks.
 
     :raise ServiceError: as `ModelService.submit`: refusals come before the stream.
@@ -53,14 +53,14 @@ class _Generation:
     :raise ServiceError, RequestCancelled: as `ModelService.submit`.
     """
 
-    def __init__(self, service: ModelService, parsed: TextRequest | ImageRequest) -> None:
+    def __init__(self, service: ModelService, parsed: Request) -> None:
         self.model = parsed.model
         self._service = service
         self._exchange: Exchange = g.exchange
         self._exchange.facts = _facts(parsed)
         self._client = _Client()
         self._deadline = self._exchange.started + service.limits.request_deadline_s + _BACKSTOP_S
-        log.info("Input validated: model %s, max_tokens %d", parsed.model, parsed.sampling.max_tokens)
+        log.info("Input validated: model %s, max_tokens %s", parsed.model, parsed.sampling.max_tokens)
         try:
             self.channel: Channel = service.submit(
                 parsed,
@@ -177,9 +177,11 @@ class EventStream:
         self._generation.close()
 
 
-def _facts(parsed: TextRequest | ImageRequest) -> dict[str, object]:
+def _facts(parsed: Request) -> dict[str, object]:
     """What the audit line may tell of the input: lengths and hashes."""
-    facts: dict[str, object] = {"prompt_chars": sum(len(message.content) for message in parsed.messages)}
+    if isinstance(parsed, RawRequest):
+        return {"prompt_chars": len(parsed.prompt)} if isinstance(parsed.prompt, str) else {}
+    facts: dict[str, object] = {"prompt_chars": sum(message.num_chars for message in parsed.messages)}
     if isinstance(parsed, ImageRequest):
         headers = [image.header for image in parsed.images]
         facts["images"] = ",".join(f"{h.format}:{h.width}x{h.height}:{h.num_bytes}:{h.sha256[:12]}" for h in headers)

@@ -17,6 +17,7 @@ from models.streaming import Delta, Done, Event
 STATUS_BY_CODE: Mapping[str, int] = {
     "invalid_request": 400,
     "prompt_too_long": 400,
+    "tools_unsupported": 400,
     "unknown_field": 400,
     "invalid_image": 400,
     "unauthorized": 401,

@@ -157,7 +157,6 @@ def sampling(max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Sampli
         repetition_penalty=1.0,
         seed=seed,
         stop_ids=frozenset(),
-        ignore_eos=True,
     )
 
 

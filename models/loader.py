@@ -30,8 +30,9 @@ from models.engine.scheduler import Scheduler, SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.engine.vision import VisionTower
 from models.errors import EngineDead, LoadError
-from models.prompts import PromptEncoder, TextTokenizer
+from models.prompts import PromptEncoder
 from models.snapshots import KNOWN_CLASSES, Snapshot, check_demo_files
+from models.tokenizer import TextTokenizer
 
 log = logging.getLogger("avito.loader")
 
@@ -306,6 +307,12 @@ def _make_encoder(tokenizer: Any, model: Any, processor: Any, limits: Limits, co
         stop_ids=frozenset(stop_ids),
         generation_defaults={name: float(value) for name, value in given.items() if value is not None},
         context_tokens=context_tokens,
+        vocab_size=text_config.vocab_size,
+        placeholder_ids=frozenset(
+            token_id
+            for name in ("image_token_id", "video_token_id")
+            if (token_id := getattr(config, name, None)) is not None
+        ),
         limits=limits,
         image_processor=processor,
         image_token_id=getattr(config, "image_token_id", None),

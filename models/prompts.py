@@ -1,39 +1,30 @@
-"""From a valid request to token ids and picture tensors.
+"""From a valid request to token ids and picture tensors, and from its wishes to what the engine samples by.
 
-User text never becomes a control token, in any role: the chat template is rendered around placeholders, its own
-pieces are encoded with the full tokenizer, and each content with a copy that has no added vocabulary at all.
-(`split_special_tokens` would not do: it leaves added tokens that are not marked special, such as `<tool_call>`.)
-
-Pictures: `AutoImageProcessor`, and the placeholder of each expanded by ourselves to the number of visual tokens. The
-library's combined processor is not used: it insists on torchvision for videos, which we do not take. What the engine
-needs besides pixels (rotary positions, where each picture stands, a key of its content) is made here as well, in the
-request's thread: the loop has no time for it.
+Text is encoded by `models/tokenizer.py`. Pictures: `AutoImageProcessor`, and the placeholder of each expanded by
+ourselves to the number of visual tokens. The library's combined processor is not used: it insists on torchvision for
+videos, which we do not take. What the engine needs besides pixels (rotary positions, where each picture stands, a key
+of its content) is made here as well, in the request's thread: the loop has no time for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from config import Limits
 from models.engine.sequence import PictureSpan, SamplingOptions
 from models.engine.vision import VisionInputs
-from models.errors import InternalError, LoadError, PromptTooLong
+from models.errors import InternalError, InvalidRequest, PromptTooLong
 from models.images import decode
-from models.schemas import ImageRequest, Message, SamplingParams, TextRequest
-
-# Every letter a user is likely to type, and none that a normalizer would change.
-_PROBE = "Plain text 0123456789, простой текст: ёжик! 漢字 🎉"
-
+from models.schemas import ImageRequest, RawRequest, Request, SamplingParams
+from models.tokenizer import TextTokenizer
 
 # (ids (1, tokens), token types (1, tokens), image grids (pictures, 3)) -> (positions (3, 1, tokens), delta (1, 1))
 RopeIndex = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -53,92 +44,14 @@ class EncodedPrompt:
     prefix_ids: tuple[int, ...] | None = None
 
 
-class TextTokenizer:
-    """Encodes trusted template text and untrusted content apart; decodes answers. Any thread may call it.
-
-    :param tokenizer: a fast tokenizer of transformers with a chat template.
-    :raise LoadError: it is not a fast byte-level BPE, or has no chat template.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise LoadError("the tokenizer must be a fast one (tokenizer.json)")
-        if not tokenizer.chat_template:
-            raise LoadError("the snapshot has no chat template")
-        self._tokenizer = tokenizer
-        self._template: Tokenizer = tokenizer.backend_tokenizer
-        # A tokenizer.json may carry settings of its training, which would cut prompts silently.
-        self._template.no_truncation()
-        self._template.no_padding()
-        self._content, self._added_ids = _without_added_vocabulary(self._template)
-
-    def encode_chat(self, messages: tuple[Message, ...], num_images: int = 0) -> list[int]:
-        """Token ids of a chat up to the place where the answer begins; one placeholder id for each picture."""
-        # Placeholders that nobody can guess; letters only, so that no template trims or splits them.
-        marks = [f"content{secrets.token_hex(16)}end" for _ in messages]
-        turns = []
-        for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
-            content: object = mark
-            if num_images and index == len(messages) - 1:
-                content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
-            turns.append({"role": message.role, "content": content})
-        rest = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = []
-        for message, mark in zip(messages, marks, strict=True):
-            before, found, rest = rest.partition(mark)
-            if not found:
-                raise InternalError("the model's chat template dropped a message")
-            ids += self._template.encode(before, add_special_tokens=False).ids
-            ids += self.encode_content(message.content)
-        return ids + self._template.encode(rest, add_special_tokens=False).ids
-
-    def encode_content(self, text: str) -> list[int]:
-        """Token ids of a user's text, none of them of the added vocabulary."""
-        ids: list[int] = self._content.encode(text, add_special_tokens=False).ids
-        if not self._added_ids.isdisjoint(ids):
-            raise InternalError("the tokenizer made a control token of plain text; the request was refused")
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._template.decode(list(ids), skip_special_tokens=True)
-        return text
-
-
-def _without_added_vocabulary(tokenizer: Tokenizer) -> tuple[Tokenizer, frozenset[int]]:
-    """A copy of a tokenizer that cannot make an added token, and the ids that it must never make.
-
-    An added token may stand in the base vocabulary and its merges too; it goes from there as well, so that a word
-    which happens to be one is made of smaller pieces.
-
-    :raise LoadError: not a BPE tokenizer, or without its added tokens it cannot encode plain text.
-    """
-    state = json.loads(tokenizer.to_str())
-    model = state["model"]
-    if model.get("type") != "BPE":
-        raise LoadError(f"the tokenizer must be a byte-level BPE, got {model.get('type')}")
-    added = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
-    state["added_tokens"] = []
-    state["post_processor"] = None
-    vocabulary = {token: token_id for token, token_id in model["vocab"].items() if token not in added}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    model["merges"] = [[a, b] for a, b in merges if a in vocabulary and b in vocabulary and a + b in vocabulary]
-    model["vocab"] = vocabulary
-    if model.get("unk_token") in added:
-        model["unk_token"] = None
-    content = Tokenizer.from_str(json.dumps(state))
-    content.no_truncation()
-    content.no_padding()
-    if content.decode(content.encode(_PROBE, add_special_tokens=False).ids).strip() != _PROBE:
-        raise LoadError("the tokenizer loses plain text once its added tokens are taken away")
-    return content, frozenset(added.values())
-
-
 class PromptEncoder:
     """Requests of one model to prompts and resolved sampling options. Any thread may call it.
 
     :param generation_defaults: `top_p`, `top_k`, `min_p`, `repetition_penalty` of the snapshot's
         generation_config.json.
     :param context_tokens: most tokens of prompt and answer together.
+    :param vocab_size: ids of the model, whether the tokenizer has a token for each or not.
+    :param placeholder_ids: what stands for pictures and videos in a prompt; never taken from a user.
     :param image_processor: an image processor of transformers; None for a text model, as are the next two.
     :param image_token_id: the placeholder of pictures.
     :param rope_index: rotary positions of a prompt with pictures, called with CPU tensors from any thread: the
@@ -152,7 +65,9 @@ class PromptEncoder:
         stop_ids: frozenset[int],
         generation_defaults: Mapping[str, float],
         context_tokens: int,
+        vocab_size: int,
         limits: Limits,
+        placeholder_ids: frozenset[int] = frozenset(),
         image_processor: Any = None,
         image_token_id: int | None = None,
         rope_index: RopeIndex | None = None,
@@ -160,6 +75,8 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
         self._stop_ids = stop_ids
+        self._vocab_size = vocab_size
+        self._placeholder_ids = placeholder_ids
         self._defaults = generation_defaults
         self._limits = limits
         self._processor = image_processor
@@ -167,44 +84,85 @@ class PromptEncoder:
         self._rope_index = rope_index
         self._decode_slots = threading.BoundedSemaphore(limits.max_concurrent_decodes)
 
-    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> EncodedPrompt:
+    def encode(self, request: Request, check: Callable[[], None]) -> EncodedPrompt:
         """:param check: called before and while waiting for each costly step; raises if the request has ended.
         :raise PromptTooLong: prompt and `max_tokens` together exceed the context.
         :raise InvalidImage: the pixels of a picture are truncated or broken.
+        :raise InvalidRequest, ToolsUnsupported: see `TextTokenizer.encode_chat`; or a token id that cannot be taken.
         """
-        if isinstance(request, TextRequest):
-            ids = self.tokenizer.encode_chat(request.messages)
-            self._check_length(len(ids), request.sampling.max_tokens)
-            return EncodedPrompt(tuple(ids))
-        return self._encode_pictures(request, check)
+        if isinstance(request, ImageRequest):
+            return self._encode_pictures(request, check)
+        ids = self.encode_text(request)
+        self._check_length(len(ids), request)
+        return EncodedPrompt(tuple(ids))
 
-    def sampling_options(self, params: SamplingParams) -> SamplingOptions:
-        """A request's wishes, then the snapshot's defaults, then none; a fresh seed if none was given."""
+    def encode_text(self, request: Request) -> list[int]:
+        """Token ids of a prompt, however long; one placeholder for each picture.
+
+        :raise InvalidRequest, ToolsUnsupported: as `encode`.
+        """
+        if isinstance(request, RawRequest):
+            if isinstance(request.prompt, str):
+                return self.tokenizer.encode_raw(request.prompt)
+            return self._checked_ids(request.prompt)
+        num_images = len(request.images) if isinstance(request, ImageRequest) else 0
+        return self.tokenizer.encode_chat(request.messages, num_images, request.chat)
+
+    def _checked_ids(self, ids: tuple[int, ...]) -> list[int]:
+        for index, token_id in enumerate(ids):
+            self.check_id(token_id, "prompt", f"prompt[{index}]")
+            if token_id in self._placeholder_ids:
+                raise InvalidRequest(
+                    f"prompt[{index}]: token id {token_id} stands for a picture, and there is none", field="prompt"
+                )
+        return list(ids)
+
+    def check_id(self, token_id: int, field: str, place: str) -> None:
+        """:param place: where in the field, for the message.
+        :raise InvalidRequest: the model has no such token id.
+        """
+        if not 0 <= token_id < self._vocab_size:
+            raise InvalidRequest(
+                f"{place}: a token id must be at least 0 and less than {self._vocab_size}, got {token_id}", field=field
+            )
+
+    def sampling_options(self, params: SamplingParams, num_prompt: int) -> SamplingOptions:
+        """A request's wishes, then the snapshot's defaults, then none; a fresh seed if none was given.
+
+        :param num_prompt: tokens of the prompt, which `encode` found short enough.
+        :raise InvalidRequest: a token id that the model does not have.
+        """
 
         def pick(given: float | None, name: str, neutral: float) -> float:
             return given if given is not None else self._defaults.get(name, neutral)
 
+        for index, token_id in enumerate(params.stop_token_ids):
+            self.check_id(token_id, "stop_token_ids", f"stop_token_ids[{index}]")
+        for token_id, _ in params.logit_bias:
+            self.check_id(token_id, "logit_bias", "logit_bias")
+        room = min(self._limits.max_tokens, self.context_tokens - num_prompt)
         return SamplingOptions(
-            max_tokens=params.max_tokens,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
             temperature=params.temperature,
             top_p=pick(params.top_p, "top_p", 1.0),
             top_k=int(pick(params.top_k, "top_k", 0)),
             repetition_penalty=pick(params.repetition_penalty, "repetition_penalty", 1.0),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            stop_ids=self._stop_ids,
+            stop_ids=(frozenset() if params.ignore_eos else self._stop_ids) | frozenset(params.stop_token_ids),
             min_p=pick(params.min_p, "min_p", 0.0),
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             min_tokens=params.min_tokens,
-            ignore_eos=params.ignore_eos,
+            logit_bias=params.logit_bias,
+            num_logprobs=params.num_logprobs,
         )
 
     def _encode_pictures(self, request: ImageRequest, check: Callable[[], None]) -> EncodedPrompt:
-        ids = self.tokenizer.encode_chat(request.messages, num_images=len(request.images))
+        ids = self.encode_text(request)
         expected = [self._visual_tokens(image.header.height, image.header.width) for image in request.images]
         # From the headers alone, before any picture is decoded.
         num_visual = sum(expected)
-        self._check_length(len(ids) - len(expected) + num_visual, request.sampling.max_tokens, num_visual)
+        self._check_length(len(ids) - len(expected) + num_visual, request, num_visual)
         grids, pixels, keys = [], [], []
         for image in request.images:
             with self._decode_slot(check):
@@ -217,7 +175,7 @@ class PromptEncoder:
         patches = grid.prod(-1).tolist()
         counts = [num // self._processor.merge_size**2 for num in patches]
         expanded, starts = self._expand(ids, counts)
-        self._check_length(len(expanded), request.sampling.max_tokens, sum(counts))
+        self._check_length(len(expanded), request, sum(counts))
         check()
         prefix_ids = list(expanded)
         for start, count, key in zip(starts, counts, keys, strict=True):
@@ -271,13 +229,17 @@ class PromptEncoder:
                 expanded.append(token_id)
         return expanded, starts
 
-    def _check_length(self, num_prompt: int, max_tokens: int, num_visual: int = 0) -> None:
-        if num_prompt + max_tokens > self.context_tokens:
+    def _check_length(self, num_prompt: int, request: Request, num_visual: int = 0) -> None:
+        max_tokens = request.sampling.max_tokens
+        num_answer = 1 if max_tokens is None else max_tokens
+        if num_prompt + num_answer > self.context_tokens:
+            field = "prompt" if isinstance(request, RawRequest) else request.chat.field
             pictures = f" ({num_visual} of them for pictures)" if num_visual else ""
+            answer = "an answer of 1" if max_tokens is None else f"max_tokens {max_tokens}"
             raise PromptTooLong(
-                f"prompt: {num_prompt} tokens{pictures} and max_tokens {max_tokens} together must be at most "
-                f"{self.context_tokens} tokens, got {num_prompt + max_tokens}",
-                field="prompt",
+                f"{field}: {num_prompt} tokens{pictures} and {answer} together must be at most "
+                f"{self.context_tokens} tokens, got {num_prompt + num_answer}",
+                field=field,
             )
 
 

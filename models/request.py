@@ -10,13 +10,14 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from models.engine.loop import EngineLoop
-from models.engine.sequence import EndReason, PictureSpan, SamplingOptions, Sequence
+from models.engine.sequence import EndReason, PictureSpan, SamplingOptions, Sequence, TokenLogprobs
 from models.errors import DeadlineExceeded, InternalError, NumericError, RequestCancelled, ServiceError
 from models.metrics import ModelMetrics
-from models.schemas import Completion, ImageRequest, SamplingParams, TextRequest, Timing
+from models.schemas import Completion, Request, SamplingParams, Timing, TokenLogprob
 from models.streaming import Channel, LazyText, WatchedText
 
 log = logging.getLogger("avito.service")
@@ -25,8 +26,12 @@ log = logging.getLogger("avito.service")
 class Encoder(Protocol):
     """What the service needs of `prompts.PromptEncoder`."""
 
-    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> Encoded: ...
-    def sampling_options(self, params: SamplingParams) -> SamplingOptions: ...
+    def encode(self, request: Request, check: Callable[[], None]) -> Encoded: ...
+    def encode_text(self, request: Request) -> list[int]: ...
+    def check_id(self, token_id: int, field: str, place: str) -> None: ...
+    def sampling_options(self, params: SamplingParams, num_prompt: int) -> SamplingOptions: ...
+    @property
+    def context_tokens(self) -> int: ...
     @property
     def tokenizer(self) -> Decoder: ...
 
@@ -45,7 +50,8 @@ class Encoded(Protocol):
 class Decoder(Protocol):
     """Called by requests' threads and the engine's at the same time."""
 
-    def decode(self, ids: Sequences[int]) -> str: ...
+    def decode(self, ids: Sequences[int], skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class OpenRequest:
 
     def __init__(
         self,
-        request: TextRequest | ImageRequest,
+        request: Request,
         surroundings: Surroundings,
         encoder: Encoder,
         *,
@@ -84,12 +90,14 @@ class OpenRequest:
     ) -> None:
         self.model = request.model
         self.picture_bytes = picture_bytes
-        decode, stops = encoder.tokenizer.decode, request.sampling.stop
+        sampling, stops = request.sampling, request.sampling.stop
+        decode = partial(encoder.tokenizer.decode, skip_special_tokens=sampling.skip_special_tokens)
         self.channel = Channel(
             self._cancel,
             WatchedText(decode, stops) if stops else LazyText(decode),
             delta_interval_s=surroundings.delta_interval_s,
             clock=surroundings.clock,
+            read_logprobs=None if sampling.num_logprobs is None else self._read_logprobs,
         )
         self._request = request
         self._around = surroundings
@@ -125,7 +133,7 @@ class OpenRequest:
         self._sequence = Sequence(
             request_id=self._request_id,
             prompt_ids=prompt.ids,
-            sampling=encoder.sampling_options(request.sampling),
+            sampling=encoder.sampling_options(request.sampling, len(prompt.ids)),
             deadline=self._deadline,
             on_token=self.channel.put,
             on_end=self._on_end,
@@ -147,11 +155,26 @@ class OpenRequest:
         if self._sequence is not None:
             self._around.loop.cancel(self.model, self._sequence)
 
+    def _read_logprobs(self, num_known: int) -> tuple[TokenLogprob, ...]:
+        """In the reader's thread: the engine's only appends."""
+        sequence = self._sequence
+        if sequence is None:
+            return ()
+        found = sequence.logprobs[num_known:]
+        ids = sequence.output_ids[num_known : num_known + len(found)]
+        return tuple(self._describe(*each) for each in zip(ids, found, strict=True))
+
+    def _describe(self, token_id: int, found: TokenLogprobs) -> TokenLogprob:
+        token_bytes = self._encoder.tokenizer.token_bytes
+        top = tuple((token_bytes(each), logprob) for each, logprob in found.top)
+        return TokenLogprob(token_bytes(token_id), found.chosen, top)
+
     def _on_end(self, sequence: Sequence, reason: EndReason, error: Exception | None) -> None:
         metrics = self._around.metrics
         timing = self._timing(sequence)
         self.channel.timing = timing
         num_generated = len(sequence.output_ids)
+        self.channel.cached_tokens = sequence.num_cached
         metrics.generation_tokens.labels(self.model).inc(num_generated)
         # The place is given back before the answer goes out: who reads the answer may rely on the room.
         self._around.give_back(self)
@@ -191,6 +214,7 @@ class OpenRequest:
                 finish_reason="stop" if is_stopped else reason,
                 is_demo=self._is_demo,
                 timing=timing,
+                cached_tokens=self.channel.cached_tokens,
             )
         )
 

@@ -26,7 +26,7 @@ from models.engine.scheduler import SchedulerLimits
 from models.errors import EngineDead, InternalError, LoadError, ModelNotConfigured, NotReady, QueueFull
 from models.metrics import CacheCollector, ModelMetrics
 from models.request import Encoder, OpenRequest, Surroundings
-from models.schemas import MODEL_NAMES, ImageRequest, ModelName, TextRequest
+from models.schemas import MODEL_NAMES, ImageRequest, ModelName, Request
 from models.snapshots import Snapshot
 from models.streaming import Channel
 
@@ -206,7 +206,7 @@ class ModelService:
 
     def submit(
         self,
-        request: TextRequest | ImageRequest,
+        request: Request,
         *,
         request_id: str,
         received_at: float,
@@ -247,7 +247,7 @@ class ModelService:
             raise
         return opened.channel
 
-    def _admit(self, request: TextRequest | ImageRequest) -> tuple[_Slot, int]:
+    def _admit(self, request: Request) -> tuple[_Slot, int]:
         """The model's slot, and the host memory that the request's pictures will take; reserves nothing."""
         model = request.model
         self.check_configured(model)
@@ -263,7 +263,7 @@ class ModelService:
                 f"model {model}: at most {num_places} requests at a time, got one more",
                 retry_after_s=self._retry_after(model),
             )
-        if isinstance(request, TextRequest):
+        if not isinstance(request, ImageRequest):
             return slot, 0
         picture_bytes = request.host_bytes(self.limits.max_visual_px)
         # A request by itself is always let in: it was within the limits of a request.

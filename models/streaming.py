@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from models.errors import InternalError, ServiceError
-from models.schemas import Completion, Timing
+from models.schemas import Completion, Timing, TokenLogprob
 
 log = logging.getLogger("avito.service")
 
@@ -33,14 +33,16 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Delta:
-    """New text since the last event."""
+    """New text since the last event, and the log-probabilities of new tokens if they were asked for. A token's text may
+    come in a later delta than its log-probability: half a character waits for the rest."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Done:
-    """The request is complete; `completion.text` is the whole text."""
+    """The request is complete; `completion` has the whole text and all log-probabilities."""
 
     completion: Completion
 
@@ -236,12 +238,21 @@ class Channel:
     :param text: where `put` and the reader meet.
     :param delta_interval_s: least time between two deltas; the first one and the end never wait for it.
     :param clock: monotonic seconds, for the pace.
+    :param read_logprobs: called by the reader with the number of tokens whose log-probabilities it has already; gives
+        those of the rest. None: they were not asked for.
     """
 
     def __init__(
-        self, on_cancel: Callable[[], None], text: AnswerText, *, delta_interval_s: float, clock: Callable[[], float]
+        self,
+        on_cancel: Callable[[], None],
+        text: AnswerText,
+        *,
+        delta_interval_s: float,
+        clock: Callable[[], float],
+        read_logprobs: Callable[[int], tuple[TokenLogprob, ...]] | None = None,
     ) -> None:
         self.input_tokens = 0
+        self.cached_tokens = 0
         self.generated_tokens = 0
         self.timing: Timing | None = None
         self._on_cancel = on_cancel
@@ -256,6 +267,8 @@ class Channel:
         # The reader's own.
         self._delta_due_at = -math.inf
         self._shown: list[str] = []
+        self._read_logprobs = read_logprobs
+        self._shown_logprobs: list[TokenLogprob] = []
         self._is_read = False
 
     def put(self, token_id: int) -> bool:
@@ -348,6 +361,7 @@ class Channel:
         end = self._end  # first: what was put before the end is then taken before it
         try:
             text = self._text.take_rest() if isinstance(end, Done) else self._text.take()
+            logprobs = () if self._read_logprobs is None else self._read_logprobs(len(self._shown_logprobs))
         except Exception as failure:
             log.error("the answer's text could not be made: %r", failure, exc_info=failure)
             error = InternalError("the answer could not be completed")
@@ -355,13 +369,15 @@ class Channel:
             if self.fail(error):
                 self._on_cancel()
             return Failed(error)
-        if text:
+        if text or logprobs:
             self._shown.append(text)
+            self._shown_logprobs += logprobs
             self._delta_due_at = self._clock() + self._delta_interval_s
-            return Delta(text)
+            return Delta(text, logprobs)
         if end is None:
             return None
         self._is_read = True
         if isinstance(end, Done):
-            return Done(replace(end.completion, text="".join(self._shown)))
+            text, logprobs = "".join(self._shown), tuple(self._shown_logprobs)
+            return Done(replace(end.completion, text=text, logprobs=logprobs))
         return end

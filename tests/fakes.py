@@ -16,9 +16,9 @@ from config import EngineOptions, Limits
 from models.engine.loop import StepOutput
 from models.engine.memory import ModelNeeds, ModelShare
 from models.engine.scheduler import Row, Step
-from models.engine.sequence import PictureSpan, SamplingOptions, Sequence
-from models.errors import PromptTooLong
-from models.schemas import ImageRequest, ModelName, SamplingParams, TextRequest
+from models.engine.sequence import PictureSpan, SamplingOptions, Sequence, TokenLogprobs
+from models.errors import InvalidRequest, PromptTooLong
+from models.schemas import ModelName, RawRequest, Request, SamplingParams
 from models.service import Phase
 from models.snapshots import Snapshot
 
@@ -40,8 +40,11 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequences[int]) -> str:
+    def decode(self, ids: Sequences[int], skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < END_ID else b""
 
 
 class FakeEncoder:
@@ -49,15 +52,36 @@ class FakeEncoder:
         self.tokenizer = ByteTokenizer()
         self.context_tokens = context_tokens
 
-    def encode(self, request: TextRequest | ImageRequest, check: Callable[[], None]) -> FakePrompt:
+    def encode(self, request: Request, check: Callable[[], None]) -> FakePrompt:
         check()
-        ids = tuple(self.tokenizer.encode(request.messages[-1].content))
-        if len(ids) + request.sampling.max_tokens > self.context_tokens:
+        ids = tuple(self.encode_text(request))
+        if len(ids) + (request.sampling.max_tokens or 1) > self.context_tokens:
             raise PromptTooLong("prompt: too many tokens", field="prompt")
         return FakePrompt(ids)
 
-    def sampling_options(self, params: SamplingParams) -> SamplingOptions:
-        return SamplingOptions(params.max_tokens, params.temperature, 1.0, 0, 1.0, 0, frozenset({END_ID}))
+    def encode_text(self, request: Request) -> list[int]:
+        """The last message alone, or the raw prompt."""
+        if isinstance(request, RawRequest):
+            return self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else [*request.prompt]
+        content = request.messages[-1].content
+        parts = (content,) if isinstance(content, str) else content
+        return self.tokenizer.encode("".join(part for part in parts if isinstance(part, str)))
+
+    def check_id(self, token_id: int, field: str, place: str) -> None:
+        if not 0 <= token_id < END_ID:
+            raise InvalidRequest(f"{place}: a token id must be less than {END_ID}, got {token_id}", field=field)
+
+    def sampling_options(self, params: SamplingParams, num_prompt: int) -> SamplingOptions:
+        return SamplingOptions(
+            max_tokens=2048 if params.max_tokens is None else params.max_tokens,
+            temperature=params.temperature,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            seed=0,
+            stop_ids=frozenset({END_ID, *params.stop_token_ids}),
+            num_logprobs=params.num_logprobs,
+        )
 
 
 class FakeLaunched:
@@ -114,7 +138,14 @@ class EchoRunner:
         return FakeLaunched(self.outputs(step.rows))
 
     def outputs(self, rows: list[Row]) -> Iterable[StepOutput]:
-        return [StepOutput(row, self._next(row)) if row.is_sampled else StepOutput(row) for row in rows]
+        return [self._output(row) if row.is_sampled else StepOutput(row) for row in rows]
+
+    def _output(self, row: Row) -> StepOutput:
+        token_id, num_top = self._next(row), row.sequence.sampling.num_logprobs
+        if num_top is None:
+            return StepOutput(row, token_id)
+        top = tuple((each, -0.5 - index) for index, each in enumerate(range(token_id, token_id + num_top)))
+        return StepOutput(row, token_id, TokenLogprobs(-0.5, top))
 
     def release(self, sequence: Sequence) -> None:
         self.released.append(sequence)

@@ -147,7 +147,7 @@ def test_sampling_reaches_the_engine(make_app: Any, make_service: Any) -> None:
     seen: list[Any] = []
     loaded = FakeLoaded()
     original = loaded.encoder.sampling_options
-    loaded.encoder.sampling_options = lambda params: seen.append(params) or original(params)  # type: ignore[method-assign, func-returns-value]
+    loaded.encoder.sampling_options = lambda params, num_prompt: seen.append(params) or original(params, num_prompt)  # type: ignore[method-assign, func-returns-value]
     client = make_app(make_service({"avibe": loaded})).test_client()
     body = {"prompt": "a", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.1,
             "seed": 3, "stop": ["x"], "min_p": 0.1, "presence_penalty": 0.25, "frequency_penalty": -0.25,
@@ -155,7 +155,7 @@ def test_sampling_reaches_the_engine(make_app: Any, make_service: Any) -> None:
             "ignore_eos": True}  # fmt: skip
     assert post_json(client, TEXT, body).status_code == 200
     (params,) = seen
-    assert {**vars(params), "stop": list(params.stop), "prompt": "a"} == body
+    assert {**{name: getattr(params, name) for name in body if name != "prompt"}, "stop": ["x"], "prompt": "a"} == body
 
 
 def test_real_tiny_vision_model_answers_end_to_end(make_app: Callable[..., Flask], vision_folder: Any) -> None:

@@ -27,9 +27,9 @@ from bench.same_answer import compare
 from bench.shapes import SHAPES, make_model, make_tokenizer
 from config import PROJECT_ROOT, EngineOptions, Limits, Settings
 from models.loader import load_model
-from models.prompts import TextTokenizer
 from models.schemas import Message, SamplingParams, TextRequest
 from models.snapshots import find_snapshots
+from models.tokenizer import TextTokenizer
 
 GPU_RUN = str(PROJECT_ROOT / "tools" / "gpu_run.sh")
 Bench = Callable[..., dict[str, Any]]

@@ -164,7 +164,7 @@ def test_deadline_in_a_stream_is_an_event_and_counts_as_expired(make_app: MakeAp
 
 
 def test_text_that_cannot_be_made_is_an_error_event(make_app: MakeApp, make_service: MakeService) -> None:
-    def fail(ids: Any) -> str:
+    def fail(ids: Any, skip_special_tokens: bool = True) -> str:
         raise ValueError("/secret/path")
 
     loaded = FakeLoaded()

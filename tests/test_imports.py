@@ -16,6 +16,7 @@ OURS = {".".join(file.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuf
 # Who may import torch and transformers, Pillow, Flask.
 TORCH = {
     "models.prompts",
+    "models.tokenizer",
     "models.loader",
     *(f"models.engine.{name}" for name in ("attention", "graphs", "layers", "runner", "sampling", "vision")),
 }

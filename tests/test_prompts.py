@@ -16,10 +16,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from config import Limits
-from models.errors import InternalError, InvalidImage, LoadError, PromptTooLong, RequestCancelled
+from models.errors import InvalidImage, InvalidRequest, LoadError, PromptTooLong, RequestCancelled
 from models.images import read_header
-from models.prompts import EncodedPrompt, PromptEncoder, TextTokenizer
+from models.prompts import EncodedPrompt, PromptEncoder
 from models.schemas import ImageInput, Message, SamplingParams, TextRequest
+from models.tokenizer import TextTokenizer
 from tests.test_runner import image_request, load, picture
 from tests.tiny_models import ADDED, SPECIAL, make_tokenizer
 
@@ -45,6 +46,8 @@ def load_vision(folder: Path, **limits: Any) -> tuple[PromptEncoder, Any]:
         stop_ids=frozenset(),
         generation_defaults={},
         context_tokens=bounds.max_context_tokens,
+        vocab_size=model.config.get_text_config().vocab_size,
+        placeholder_ids=frozenset({model.config.image_token_id, model.config.video_token_id}),
         limits=bounds,
         image_processor=processor,
         image_token_id=model.config.image_token_id,
@@ -127,8 +130,9 @@ def test_harmless_chat_is_encoded_as_the_library_does(text_tokenizer: TextTokeni
 def test_template_that_drops_a_message_is_an_error() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(InternalError, match="dropped"):
+    with pytest.raises(InvalidRequest, match="no place") as error:
         TextTokenizer(tokenizer).encode_chat((Message("system", "a"), Message("user", "b")))
+    assert error.value.field == "messages[0].content"
 
 
 def test_snapshot_without_chat_template_is_refused() -> None:

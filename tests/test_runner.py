@@ -25,7 +25,7 @@ from models.engine.loop import EngineLoop
 from models.engine.runner import PagedRunner, RunnerSizes
 from models.engine.scheduler import SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
-from models.errors import EngineDead, InternalError, LoadError, NumericError
+from models.errors import EngineDead, InternalError, InvalidRequest, LoadError, NumericError
 from models.images import read_header
 from models.loader import LoadedModel, _capture, load_model
 from models.prompts import PromptEncoder
@@ -496,18 +496,16 @@ def test_logprobs_are_those_of_the_model(qwen3: Served) -> None:
         assert [token_id for token_id, _ in given.top] == expected[at].topk(3).indices.tolist()
 
 
-def test_stop_ids_end_min_tokens_hold_them_back_and_ignore_eos_counts_them(qwen3: Served) -> None:
+def test_stop_ids_end_and_min_tokens_hold_them_back(qwen3: Served) -> None:
     answer = run(qwen3.runner(), make_sequence((5, 6, 7)))[0]
     stop = answer[4]
     first = answer.index(stop)
-    stopped, held, ignoring = (
-        make_sequence((5, 6, 7), stop_ids=frozenset({stop}), **given)
-        for given in ({}, {"min_tokens": first + 3}, {"ignore_eos": True})
+    stopped, held = (
+        make_sequence((5, 6, 7), stop_ids=frozenset({stop}), **given) for given in ({}, {"min_tokens": first + 3})
     )
-    run(qwen3.runner(), stopped, held, ignoring)
+    run(qwen3.runner(), stopped, held)
     assert stopped.output_ids == answer[:first]
     assert len(held.output_ids) >= first + 3 and stop not in held.output_ids
-    assert ignoring.output_ids == answer
 
 
 def test_two_models_in_one_loop_answer_as_each_alone(qwen3: Served, vision: Served) -> None:
@@ -540,14 +538,42 @@ def test_generation_config_counts_where_request_is_silent(qwen3_folder: Path, tm
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "top_k": 7, "top_p": 0.5, "temperature": 0.1}))
     encoder = load(folder, "avibe").encoder
-    silent = encoder.sampling_options(SamplingParams(8, 0.7))
+    silent = encoder.sampling_options(SamplingParams(8, 0.7), 5)
     assert (silent.top_k, silent.top_p, silent.temperature, silent.repetition_penalty) == (7, 0.5, 0.7, 1.0)
-    spoken = encoder.sampling_options(SamplingParams(8, 0.7, top_k=3, top_p=0.9))
+    spoken = encoder.sampling_options(SamplingParams(8, 0.7, top_k=3, top_p=0.9), 5)
     assert (spoken.top_k, spoken.top_p) == (3, 0.9)
-    everything = dict(min_p=0.1, presence_penalty=0.5, frequency_penalty=-0.5, min_tokens=3, ignore_eos=True)
-    options = encoder.sampling_options(SamplingParams(8, 0.7, **everything))  # type: ignore[arg-type]
+    everything: dict[str, Any] = dict(
+        min_p=0.1, presence_penalty=0.5, frequency_penalty=-0.5, min_tokens=3, logit_bias=((4, -1.0),), num_logprobs=2
+    )
+    options = encoder.sampling_options(SamplingParams(8, 0.7, **everything), 5)
     assert {name: getattr(options, name) for name in everything} == everything
-    assert len(silent.stop_ids) == 2
+
+
+def test_ignore_eos_leaves_only_the_stop_ids_that_were_asked_for(qwen3: Served) -> None:
+    def stop_ids(**given: Any) -> frozenset[int]:
+        return qwen3.encoder.sampling_options(SamplingParams(8, 0.7, **given), 5).stop_ids
+
+    own = stop_ids()
+    assert len(own) == 2 and 7 not in own
+    assert stop_ids(stop_token_ids=(7,)) == own | {7}
+    assert stop_ids(ignore_eos=True) == frozenset()
+    assert stop_ids(ignore_eos=True, stop_token_ids=(7,)) == {7}
+
+
+def test_without_max_tokens_there_are_as_many_as_the_limit_and_the_context_leave(qwen3: Served) -> None:
+    encoder = qwen3.encoder
+    for num_prompt in (5, encoder.context_tokens - 3):
+        options = encoder.sampling_options(SamplingParams(None, 0.7), num_prompt)
+        assert options.max_tokens == min(Limits().max_tokens, encoder.context_tokens - num_prompt)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"), [({"stop_token_ids": (10**6,)}, "stop_token_ids"), ({"logit_bias": ((-1, 1.0),)}, "logit_bias")]
+)
+def test_token_ids_that_the_model_does_not_have_are_refused(qwen3: Served, given: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest, match="less than") as error:
+        qwen3.encoder.sampling_options(SamplingParams(8, 0.7, **given), 5)
+    assert error.value.field == field
 
 
 def test_weights_other_than_safetensors_are_refused(qwen3_folder: Path, tmp_path: Path) -> None:

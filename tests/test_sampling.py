@@ -418,7 +418,6 @@ def test_stop_ids_cannot_be_chosen_until_min_tokens_are_out() -> None:
     for num_output, expected in ((0, False), (2, False), (3, True)):
         found = distribution(LOGITS, row(num_output=num_output, **stops)) > 0
         assert [bool(found[0]), bool(found[6]), bool(found[1])] == [expected, expected, True]
-    assert bool((distribution(LOGITS, row(ignore_eos=True, **stops)) > 0).all())
 
 
 def test_row_without_a_choice_is_told_and_others_go_on() -> None:
@@ -516,7 +515,7 @@ def test_plain_draw_equals_sample_and_moves_on() -> None:
     [
         (dict(), True),
         (dict(temperature=0.0, top_p=0.5, top_k=4, min_p=0.1), True),
-        (dict(min_tokens=3, ignore_eos=True), True),
+        (dict(min_tokens=3, stop_ids=frozenset()), True),
         (dict(min_tokens=3), False),
         (dict(top_p=0.5), False),
         (dict(top_k=4), False),

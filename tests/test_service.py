@@ -103,7 +103,12 @@ def test_text_is_made_by_the_reader_unless_a_stop_string_must_be_found(make_serv
     loaded = FakeLoaded()
     names: set[str] = set()
     decode = loaded.encoder.tokenizer.decode
-    loaded.encoder.tokenizer.decode = lambda ids: names.add(threading.current_thread().name) or decode(ids)  # type: ignore[method-assign, func-returns-value]
+
+    def watched(ids: Any, skip_special_tokens: bool = True) -> str:
+        names.add(threading.current_thread().name)
+        return decode(ids, skip_special_tokens)
+
+    loaded.encoder.tokenizer.decode = watched  # type: ignore[method-assign]
     service = make_service({"avibe": loaded})
     assert completion(submit(service, "abc")).text == "abc"
     assert names == {threading.current_thread().name}
@@ -115,7 +120,7 @@ def test_text_is_made_by_the_reader_unless_a_stop_string_must_be_found(make_serv
 def test_tokens_that_are_no_text_end_one_request_and_leave_no_place_taken(
     make_service: MakeService, wait_until: Any
 ) -> None:
-    def fail(ids: Any) -> str:
+    def fail(ids: Any, skip_special_tokens: bool = True) -> str:
         raise ValueError("/secret/path")
 
     loaded = FakeLoaded(EndlessRunner())

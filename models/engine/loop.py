@@ -369,7 +369,7 @@ class EngineLoop:
         try:
             if sequence.constraint is not None:
                 sequence.constraint.advance(output.token_id)
-            if output.token_id in sampling.stop_ids and not sampling.ignore_eos:
+            if output.token_id in sampling.stop_ids:
                 return "stop", None
             sequence.output_ids.append(output.token_id)
             if output.logprobs is not None:

@@ -498,7 +498,7 @@ def _has_penalty(options: SamplingOptions) -> bool:
 
 
 def _awaits_min_tokens(options: SamplingOptions, num_output: int) -> bool:
-    return num_output < options.min_tokens and not options.ignore_eos
+    return num_output < options.min_tokens and bool(options.stop_ids)
 
 
 def _is_shaped(row: Row) -> bool:

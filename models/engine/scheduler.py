@@ -266,6 +266,7 @@ class Scheduler:
         sequence.state = State.RUNNING
         if sequence.started_at is None:
             sequence.started_at = now
+            sequence.num_cached = table.num_reused
         num_outputs = len(sequence.output_ids)
         admission = Admission(sequence, table, ids, len(ids), table.num_reused, num_outputs)
         self._admissions[sequence] = admission

@@ -33,8 +33,8 @@ class SamplingOptions:
     """Everything resolved: no None, no text. `top_p` 1, `top_k` 0, `min_p` 0, `repetition_penalty` 1 and the other
     penalties 0 mean off.
 
-    `stop_ids` are the end-of-sequence ids; they end a sequence and are not part of the answer. Until `min_tokens` ids
-    are out, they cannot be chosen; with `ignore_eos` they end nothing and count as any other id. `logit_bias` is added
+    `stop_ids` end a sequence and are not part of the answer. Until `min_tokens` ids are out, they cannot be chosen.
+    `logit_bias` is added
     to the logits of its ids. `num_logprobs`: None for none, else the chosen id's log-probability and that of so many
     likeliest ids, both of the model's own distribution, before anything on this page changed it.
     """
@@ -50,7 +50,6 @@ class SamplingOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     min_tokens: int = 0
-    ignore_eos: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
 
@@ -107,6 +106,7 @@ class Sequence:
     state: State = State.WAITING
     is_cancelled: bool = False
     num_retries: int = 0
+    num_cached: int = 0  # tokens of the prompt found in the cache when it was first admitted
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     added_at: float = 0.0
