@@ -17,7 +17,7 @@ from flask import Flask, current_app, g, render_template, request
 from config import VERSION, Limits
 from models.schemas import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE, MODEL_NAMES, Completion, ModelName
 from models.service import ModelService, ServiceSnapshot
-from translations import LANGUAGES, choose_language, translate
+from translations import ERROR_CODES, LANGUAGES, choose_language, translate
 
 LANGUAGE_COOKIE = "avito_lang"
 FORM_FIELDS = ("prompt", "max_tokens", "temperature")
@@ -91,6 +91,7 @@ def render_index(active: ModelName = "avibe", form: Form | None = None) -> str:
         limits=extension.limits,
         forms=forms,
         active=active,
+        error_codes=ERROR_CODES,
         **_context(),
     )
 

@@ -1,13 +1,14 @@
 /* What the start page does better with JavaScript. Without it both forms work as plain HTML.
 
-   With it a form is sent by fetch to the same address, and only the answer on the page is replaced: chosen pictures
-   stay chosen, and "Stop" closes the connection, upon which the server ends the generation. Every sentence comes from
-   data-text-* of #cards, every limit from data-max-*; nothing here is written as HTML from strings. */
+   With it a form goes to the JSON API, and its answer grows on the page as it is made: stream.js sends and reads,
+   answer.js draws, and here it is decided what happens when. Chosen pictures stay chosen, and "Stop" closes the
+   connection, upon which the server ends the generation. Every sentence comes from data-text-* of #cards and the
+   templates beside it, every limit from data-max-*. */
 "use strict";
 
 (() => {
   const page = document.getElementById("cards");
-  if (!page) return;
+  const { fill } = AvitoAnswer;
   const texts = page.dataset;
   const maxPromptChars = Number(texts.maxPromptChars);
   const maxImages = Number(texts.maxImages);
@@ -17,7 +18,6 @@
   const pollEveryMs = 2000;
   const numbers = new Intl.NumberFormat(document.documentElement.lang);
 
-  const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
   const cards = [...page.querySelectorAll("[data-model]")].map(enhanceCard);
 
   if (cards.some((card) => card.state() === "loading")) setTimeout(pollStates, pollEveryMs);
@@ -25,123 +25,14 @@
   function enhanceCard(root) {
     const find = (selector) => root.querySelector(selector);
     const form = find("form");
-    const prompt = form.elements.prompt;
-    const submit = find("[data-submit]");
-    const submitLabel = find("[data-submit-label]");
-    const submitText = submitLabel.textContent;
-    const stop = find("[data-stop]");
-    const status = find("[data-status]");
     const outcome = find("[data-outcome]");
-    let running = null; // AbortController of the request under way
-    let ticking = 0;
 
-    countCharacters(find("[data-counter]"), prompt);
+    countCharacters(find("[data-counter]"), form.elements.prompt);
     if (find("[data-pictures]")) enhancePictures(root, form);
-    showCopyButton(outcome);
+    if (AvitoStream.canStream) enhanceForm(root, form, outcome);
+    AvitoAnswer.offerCopy(outcome);
     // Without this only keyboards that reach the anchor by themselves would land on what came back.
     if (location.hash === `#${outcome.id}` && outcome.childElementCount) outcome.focus();
-
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      if (!running) send();
-    });
-    prompt.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit(submit);
-    });
-    stop.addEventListener("click", () => running?.abort());
-    // A page that comes back from the browser's cache must not look busy for a request that is long gone.
-    window.addEventListener("pageshow", (event) => {
-      if (event.persisted) {
-        running?.abort();
-        rest();
-      }
-    });
-
-    async function send() {
-      const controller = new AbortController();
-      running = controller;
-      work();
-      try {
-        const response = await fetch(form.action, {
-          method: "POST",
-          body: new FormData(form),
-          headers: { Accept: "text/html" },
-          signal: controller.signal,
-        });
-        const answer = new DOMParser().parseFromString(await response.text(), "text/html");
-        // The forms answer with this same page; what is refused before them, with the error page.
-        const panel = answer.querySelector(`#${outcome.id} > .panel`) ?? answer.querySelector(".error-page > .panel");
-        show(panel ? document.importNode(panel, true) : networkPanel());
-      } catch {
-        if (controller.signal.aborted) status.textContent = texts.textStopped;
-        else show(networkPanel());
-      } finally {
-        running = null;
-        rest();
-      }
-    }
-
-    function work() {
-      const started = performance.now();
-      const tick = () => {
-        const seconds = Math.floor((performance.now() - started) / 1000);
-        submitLabel.textContent = fill(texts.textBusy, { seconds: numbers.format(seconds) });
-      };
-      tick();
-      ticking = setInterval(tick, 250);
-      outcome.replaceChildren();
-      markField("");
-      status.textContent = texts.textWorking;
-      root.classList.add("is-busy");
-      root.setAttribute("aria-busy", "true");
-      submit.disabled = true;
-      stop.hidden = false;
-    }
-
-    function rest() {
-      const hadFocus = document.activeElement === stop || document.activeElement === document.body;
-      clearInterval(ticking);
-      submitLabel.textContent = submitText;
-      root.classList.remove("is-busy");
-      root.removeAttribute("aria-busy");
-      submit.disabled = false;
-      stop.hidden = true;
-      if (hadFocus && !outcome.childElementCount) submit.focus();
-    }
-
-    function show(panel) {
-      const isError = panel.classList.contains("panel-error");
-      const heading = panel.querySelector("h1");
-      if (heading) heading.replaceWith(withText("h3", "panel-title", heading.textContent));
-      outcome.replaceChildren(panel);
-      outcome.classList.add("is-new");
-      markField(panel.dataset.errorField ?? "");
-      showCopyButton(outcome);
-      status.textContent = isError ? texts.textRefused : texts.textAnswered;
-      // Not if the reader has gone on to something else meanwhile.
-      const focused = document.activeElement;
-      if (focused === document.body || root.contains(focused)) {
-        outcome.focus({ preventScroll: true });
-        outcome.scrollIntoView({ block: "nearest" });
-      }
-    }
-
-    function markField(name) {
-      for (const field of [...form.elements].filter((element) => element.name)) {
-        const described = new Set((field.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
-        described.delete(outcome.id);
-        if (field.name === name) described.add(outcome.id);
-        setOrRemove(field, "aria-invalid", field.name === name ? "true" : "");
-        setOrRemove(field, "aria-describedby", [...described].join(" "));
-      }
-    }
-
-    function networkPanel() {
-      const panel = withText("div", "panel panel-error", "");
-      panel.append(withText("h3", "panel-title", texts.textNetworkTitle));
-      panel.append(withText("p", "panel-hint", texts.textNetworkHint));
-      return panel;
-    }
 
     return {
       name: root.dataset.model,
@@ -156,6 +47,119 @@
         }
       },
     };
+  }
+
+  function enhanceForm(root, form, outcome) {
+    const submit = root.querySelector("[data-submit]");
+    const stop = root.querySelector("[data-stop]");
+    const status = root.querySelector("[data-status]");
+    let running = null; // AbortController of the request under way
+    // A long answer pushes the button out of sight: then there is one at the end of the text.
+    const farStop = new IntersectionObserver(([entry]) => {
+      const below = outcome.querySelector("[data-stop-below]");
+      if (running && below) below.hidden = entry.isIntersecting;
+    });
+
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (!running) send();
+    });
+    form.elements.prompt.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) form.requestSubmit(submit);
+    });
+    // It stands where the other button was: the second half of a double click, or a key held down, means that one.
+    stop.addEventListener("keydown", (event) => {
+      if (event.repeat) event.preventDefault();
+    });
+    stop.addEventListener("click", (event) => {
+      if (event.detail < 2) running?.abort();
+    });
+    outcome.addEventListener("click", (event) => {
+      if (event.target.closest("[data-stop-below]")) running?.abort();
+    });
+    document.addEventListener("keydown", (event) => {
+      const focusedCard = document.activeElement?.closest("[data-model]");
+      const isElsewhere = focusedCard && focusedCard !== root;
+      if (event.key === "Escape" && !event.isComposing && !isElsewhere) running?.abort();
+    });
+    // A page that comes back from the browser's cache must not look busy for a request that is long gone.
+    window.addEventListener("pagehide", () => running?.abort());
+
+    async function send() {
+      const controller = new AbortController();
+      running = controller;
+      const answer = AvitoAnswer.begin(outcome);
+      showRunning();
+      try {
+        await follow(answer, controller.signal);
+      } catch {
+        if (controller.signal.aborted) {
+          answer.stop();
+          status.textContent = texts.textStopped;
+        } else showError(answer, answer.breakOff());
+      } finally {
+        running = null;
+        showResting();
+      }
+    }
+
+    /* From the request to the end of its answer. Rejects if the connection breaks or is closed by "Stop". */
+    async function follow(answer, signal) {
+      const response = await AvitoStream.post(form, signal);
+      if (!AvitoStream.isStream(response)) {
+        const refusal = await AvitoStream.readRefusal(response);
+        return showError(answer, refusal ? answer.fail(refusal) : answer.breakOff());
+      }
+      answer.admit(response);
+      for await (const { name, data } of AvitoStream.readEvents(response.body)) {
+        const body = JSON.parse(data);
+        if (name === "delta") {
+          if (!answer.hasText()) status.textContent = texts.textBegun;
+          answer.append(body.text);
+        } else if (name === "done") {
+          answer.complete(body);
+          status.textContent = texts.textAnswered;
+          return;
+        } else if (name === "error") return showError(answer, answer.fail(body));
+      }
+      throw new Error("the stream ended without its end");
+    }
+
+    function showRunning() {
+      markField("");
+      status.textContent = texts.textWorking;
+      const hadFocus = document.activeElement === submit;
+      submit.disabled = submit.hidden = true;
+      stop.hidden = false;
+      if (hadFocus) stop.focus({ preventScroll: true });
+      farStop.observe(stop);
+    }
+
+    function showResting() {
+      const focused = document.activeElement;
+      const hadFocus = focused === stop || focused.matches("[data-stop-below]");
+      farStop.disconnect();
+      submit.disabled = submit.hidden = false;
+      stop.hidden = true;
+      for (const below of outcome.querySelectorAll("[data-stop-below]")) below.remove();
+      // Whoever has gone on to something else meanwhile is left there.
+      if (hadFocus) outcome.focus({ preventScroll: true });
+    }
+
+    function showError(answer, panel) {
+      markField(panel.dataset.errorField);
+      status.textContent = answer.hasText() ? texts.textIncomplete : texts.textRefused;
+    }
+
+    function markField(name) {
+      for (const field of [...form.elements].filter((element) => element.name)) {
+        const described = new Set((field.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
+        described.delete(outcome.id);
+        if (field.name === name) described.add(outcome.id);
+        setOrRemove(field, "aria-invalid", field.name === name ? "true" : "");
+        setOrRemove(field, "aria-describedby", [...described].join(" "));
+      }
+    }
   }
 
   function withText(tag, className, text) {
@@ -185,25 +189,6 @@
     prompt.addEventListener("input", count);
     window.addEventListener("pageshow", count); // the browser may have restored a text
     count();
-  }
-
-  function showCopyButton(outcome) {
-    const button = outcome.querySelector("[data-copy]");
-    const answer = outcome.querySelector("[data-answer]");
-    // Browsers offer the clipboard on HTTPS and localhost only.
-    if (!button || !answer || !navigator.clipboard) return;
-    const text = button.textContent;
-    button.hidden = false;
-    button.addEventListener("click", async () => {
-      try {
-        await navigator.clipboard.writeText(answer.textContent);
-      } catch {
-        getSelection().selectAllChildren(answer); // refused by the browser: one keystroke is left to the reader
-        return;
-      }
-      button.textContent = texts.textCopied;
-      setTimeout(() => { button.textContent = text; }, 2000);
-    });
   }
 
   function enhancePictures(root, form) {

@@ -19,7 +19,7 @@ SAMPLES = ("shapes", "group", "inside")
 
 # A key that a template puts together, `t('state.' ~ state)`: its beginning -> what may follow.
 KEY_FAMILIES = {
-    "error.": ERROR_CODES,
+    "error.": (*ERROR_CODES, "network", "broken"),
     "state.": ("ready", "loading", "not_configured", "failed"),
     "home.": MODELS,
     "note.demo.": MODELS,
@@ -156,6 +156,6 @@ def test_every_static_file_that_a_template_names_exists():
 
 
 def test_script_finds_every_text_and_limit_that_it_reads_from_the_page():
-    read = set(re.findall(r"\btexts\.(\w+)", SCRIPTS["app.js"]))
+    read = set(re.findall(r"\btexts\.(\w+)", "\n".join(SCRIPTS.values())))
     given = re.findall(r"\bdata-((?:text|max)-[a-z-]+)=", TEMPLATES["index.html"])
     assert read == {re.sub(r"-(\w)", lambda match: match[1].upper(), name) for name in given}
