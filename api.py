@@ -33,7 +33,7 @@ def make_blueprint(service: ModelService, parser: RequestParser) -> Blueprint:
         request_id = g.exchange.request_id
         if not parsed.is_streamed:
             return success_response(complete(service, parsed.request), request_id)
-        events = stream(service, parsed.request)
+        events = stream(service, [parsed.request])
         response = stream_response(events, request_id, is_demo=events.is_demo)
         response.call_on_close(events.close)
         return response

@@ -132,9 +132,15 @@ def success_response(completion: Completion, request_id: str) -> Response:
     return response
 
 
-def stream_response(events: Iterable[Event | None], request_id: str, *, is_demo: bool) -> Response:
-    """The events as Server-Sent Events of `/api/v1`: `delta`, then one `done` or `error`; a comment for each None."""
-    response = Response(_frames(events, request_id), content_type="text/event-stream; charset=utf-8")
+def stream_response(events: Iterable[tuple[int, Event] | None], request_id: str, *, is_demo: bool) -> Response:
+    """The events of one answer as Server-Sent Events of `/api/v1`: `delta`, then one `done` or `error`; a comment for
+    each None."""
+    return sse_response(_frames(events, request_id), is_demo=is_demo)
+
+
+def sse_response(frames: Iterable[bytes], *, is_demo: bool) -> Response:
+    """:param frames: whole events of a `text/event-stream`."""
+    response = Response(frames, content_type="text/event-stream; charset=utf-8")
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Accel-Buffering"] = "no"  # nginx passes each event on as it comes
     if is_demo:
@@ -142,11 +148,17 @@ def stream_response(events: Iterable[Event | None], request_id: str, *, is_demo:
     return response
 
 
-def _frames(events: Iterable[Event | None], request_id: str) -> Iterator[bytes]:
-    for event in events:
-        if event is None:
-            yield b": waiting\n\n"
-        elif isinstance(event, Delta):
+#: A comment line: nothing to say yet.
+KEEP_ALIVE = b": waiting\n\n"
+
+
+def _frames(events: Iterable[tuple[int, Event] | None], request_id: str) -> Iterator[bytes]:
+    for each in events:
+        if each is None:
+            yield KEEP_ALIVE
+            continue
+        _, event = each
+        if isinstance(event, Delta):
             yield sse_event("delta", {"text": event.text})
         elif isinstance(event, Done):
             yield sse_event("done", success_body(event.completion, request_id))
