@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from flask import g, request
 
 from accounting import Exchange
+from keys import check_model
 from models.errors import DeadlineExceeded, InternalError, RequestCancelled
 from models.schemas import Completion, ImageRequest, TextRequest
 from models.service import ModelService
@@ -50,6 +51,7 @@ def stream(service: ModelService, parsed: TextRequest | ImageRequest) -> EventSt
 class _Generation:
     """The current HTTP request's way through the service, and what its exchange must know of it.
 
+    :raise WebError: its key is not for this model; see `keys.check_model`.
     :raise ServiceError, RequestCancelled: as `ModelService.submit`.
     """
 
@@ -58,6 +60,7 @@ class _Generation:
         self._service = service
         self._exchange: Exchange = g.exchange
         self._exchange.facts = _facts(parsed)
+        check_model(parsed.model)
         self._client = _Client()
         self._deadline = self._exchange.started + service.limits.request_deadline_s + _BACKSTOP_S
         log.info("Input validated: model %s, max_tokens %d", parsed.model, parsed.sampling.max_tokens)

@@ -91,6 +91,8 @@ def render_index(active: ModelName = "avibe", form: Form | None = None) -> str:
         limits=extension.limits,
         forms=forms,
         active=active,
+        # Not through keys.py, which is above this file.
+        has_keys="avito_keys" in current_app.extensions,
         **_context(),
     )
 
