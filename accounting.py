@@ -42,6 +42,8 @@ class Exchange:
 
     :param started: monotonic seconds of the request's first hook.
     :param door: the generating door it came to; None for health, pages and the like.
+    :param key: the name of the caller's key, as soon as it is known, though it may be refused.
+    :param key_id: the id of the key that pays for the tokens; None unless it was let in.
     """
 
     request_id: str
@@ -59,6 +61,8 @@ class Exchange:
     timing: Timing | None = None
     is_followed: bool = False  # a response will report the end
     facts: dict[str, object] = field(default_factory=dict)
+    key: str | None = None
+    key_id: str | None = None
 
     def outcome(self) -> Outcome:
         if self.is_cancelled:
@@ -80,7 +84,7 @@ class Exchange:
             "reason": self.error_code,
             "status": self.status,
             "client": self.client,
-            "key": None,
+            "key": self.key,
             "input_tokens": self.input_tokens,
             "generated_tokens": self.generated_tokens,
             "queue_s": None if timing is None else round(timing.queue_s, 4),
@@ -116,6 +120,8 @@ class Ledger(Collector):
         self._received: Counter[Door] = Counter()
         self._outcomes: Counter[tuple[Door, Outcome]] = Counter()
         self._rejections: Counter[tuple[Door, str]] = Counter()
+        self._key_outcomes: Counter[tuple[str, Outcome]] = Counter()
+        self._key_tokens: Counter[tuple[str, str]] = Counter()
         self._ok_seconds = 0.0
         self._reset_at = (Counter[Door](), Counter[tuple[Door, Outcome]](), 0.0)
         registry.register(self)
@@ -132,6 +138,10 @@ class Ledger(Collector):
                 self._rejections[door, exchange.error_code or "invalid_request"] += 1
             if outcome == "ok":
                 self._ok_seconds += total_s
+            if exchange.key is not None:
+                self._key_outcomes[exchange.key, outcome] += 1
+                self._key_tokens[exchange.key, "prompt"] += exchange.input_tokens
+                self._key_tokens[exchange.key, "generation"] += exchange.generated_tokens
 
     def totals(self) -> Totals:
         with self._lock:
@@ -159,6 +169,7 @@ class Ledger(Collector):
         with self._lock:
             received, outcomes = Counter(self._received), Counter(self._outcomes)
             rejections = Counter(self._rejections)
+            key_outcomes, key_tokens = Counter(self._key_outcomes), Counter(self._key_tokens)
         requests = CounterMetricFamily(
             "avito_requests", "Requests that ended, by door and outcome.", labels=("door", "outcome")
         )
@@ -176,4 +187,12 @@ class Ledger(Collector):
             under_way.add_metric((door,), received[door] - ended)
         for (door, reason), count in sorted(rejections.items()):
             refused.add_metric((door, reason), count)
-        yield from (requests, arrivals, under_way, refused)
+        of_keys = CounterMetricFamily(
+            "avito_key_requests", "Requests that ended, by key and outcome.", labels=("key", "outcome")
+        )
+        for (key, outcome), count in sorted(key_outcomes.items()):
+            of_keys.add_metric((key, outcome), count)
+        spent = CounterMetricFamily("avito_key_tokens", "Tokens of a key's requests.", labels=("key", "kind"))
+        for (key, kind), count in sorted(key_tokens.items()):
+            spent.add_metric((key, kind), count)
+        yield from (requests, arrivals, under_way, refused, of_keys, spent)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from flask import Flask
 from prometheus_client import CollectorRegistry
 
@@ -11,9 +14,11 @@ import middleware
 import openapi
 import pages
 import web
+from access import Access
 from accounting import Ledger
 from bodies import InMemoryRequest
 from config import Settings, load_settings, set_torch_environment
+from keys import open_store
 from models.parsing import RequestParser
 from models.service import ModelService
 from models.snapshots import find_snapshots
@@ -22,12 +27,15 @@ from system import GpuReader
 _STATIC_MAX_AGE_S = 24 * 3600
 
 
-def create_app(settings: Settings | None = None, service: ModelService | None = None) -> Flask:
+def create_app(
+    settings: Settings | None = None, service: ModelService | None = None, *, now: Callable[[], float] = time.time
+) -> Flask:
     """Build the application and start loading the models in the background.
 
     :param settings: default: from the environment and `.env`.
     :param service: default: the real one for `settings`; it is started here unless it is passed in.
-    :raise ConfigError: the settings have mistakes.
+    :param now: Unix seconds: when keys expire, and the days of their budgets.
+    :raise ConfigError: the settings have mistakes, or the keys file has.
     :raise SnapshotError: a model path cannot be used.
     """
     settings = settings or load_settings()
@@ -45,11 +53,14 @@ def create_app(settings: Settings | None = None, service: ModelService | None = 
     registry = service.metrics.registry
     ledger = Ledger(registry)
     parser = RequestParser(settings.limits)
-    middleware.init_app(app, settings, ledger, service.clock)
+    store = open_store(settings, service.clock)
+    access = None if store is None else Access(app, store, settings, service.clock, now)
+    app.extensions["avito_access"] = access
+    middleware.init_app(app, settings, ledger, service.clock, access)
     pages.init_app(app, service, settings.limits)
     app.register_blueprint(web.make_blueprint(service, parser))
     app.register_blueprint(api.make_blueprint(service, parser))
-    app.register_blueprint(health.make_blueprint(service, ledger, settings, registry, GpuReader()))
+    app.register_blueprint(health.make_blueprint(service, ledger, settings, registry, GpuReader(), access))
     app.register_blueprint(openapi.make_blueprint(parser))
     return app
 

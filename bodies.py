@@ -110,10 +110,13 @@ def read_json() -> bytes:
 
 
 def read_form() -> tuple[list[tuple[str, str]], list[UploadedFile]]:
-    """Fields and files of a form, in order, repeated ones too. Also kept in `g.form_fields` for pages.
+    """Fields and files of a form, in order, repeated ones too. Read once; the fields are `g.form_fields` for pages.
 
     :raise WebError: `unsupported_media_type`.
     """
+    if "form" in g:
+        read: tuple[list[tuple[str, str]], list[UploadedFile]] = g.form
+        return read
     expect_media_type("multipart/form-data", "application/x-www-form-urlencoded")
     is_urlencoded = media_type() == "application/x-www-form-urlencoded"
     # Werkzeug counts the parts of multipart forms only; millions of fields here would cost gigabytes.
@@ -128,6 +131,7 @@ def read_form() -> tuple[list[tuple[str, str]], list[UploadedFile]]:
         raise WebError("invalid_request", "body: is not a well-formed form") from None
     mark_read()
     g.form_fields = fields
+    g.form = fields, files
     return fields, files
 
 

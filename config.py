@@ -98,6 +98,12 @@ class Limits:
     delta_interval_s: float = 0.03
     # A stream with nothing to say sends a comment so often, so that nobody on the way takes it for dead.
     keep_alive_interval_s: float = 5.0
+    # Each request is compared with every key.
+    max_keys: int = 1000
+    # How often the keys file is looked at, so how long a revoked key may still work.
+    keys_check_interval_s: float = 1.0
+    # How often at most the tokens that keys have used today are written to disk.
+    usage_write_interval_s: float = 5.0
     min_disk_free_percent: float = 5.0
 
 
@@ -189,7 +195,7 @@ class Settings(BaseModel):
     port: int = Field(8085, alias="AVITO_PORT", ge=1, le=65535, description="TCP port to listen on")
     threads: int = Field(256, alias="AVITO_THREADS", ge=2, le=4096, description="Request threads of the worker")
     rate_limit: Annotated[str, AfterValidator(_check_rate)] = Field(
-        "10/minute", alias="AVITO_RATE_LIMIT", description="Per client on the generating doors; empty: off"
+        "10/minute", alias="AVITO_RATE_LIMIT", description="Per client, or per key, on the generating doors; empty: off"
     )
     rate_limit_storage_uri: Annotated[str, AfterValidator(_check_storage)] = Field(
         "memory://", alias="AVITO_RATE_LIMIT_STORAGE_URI", description="Where the counts live: memory:// or redis://..."
@@ -203,6 +209,7 @@ class Settings(BaseModel):
     ops_token: Annotated[SecretStr, AfterValidator(_check_token)] = Field(
         SecretStr(""), alias="AVITO_OPS_TOKEN", description="Bearer token of the operator's doors"
     )
+    keys_file: str = Field("", alias="AVITO_KEYS_FILE", description="JSON file of callers' keys; empty: no keys needed")
     log_file: str = Field("", alias="AVITO_LOG_FILE", description="Also log to this file; empty: stdout only")
     log_format: Literal["text", "json"] = Field("text", alias="AVITO_LOG_FORMAT", description="Form of a log line")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from flask import g, request
 
 from accounting import Exchange
+from keys import check_model
 from models.errors import DeadlineExceeded, InternalError, RequestCancelled
 from models.schemas import Completion, ImageRequest, RawRequest, Request
 from models.service import ModelService
@@ -60,6 +61,7 @@ class _Generation:
     """The current HTTP request's way through the service, and what its exchange must know of it. Each answer has a
     place and a channel of its own.
 
+    :raise WebError: its key is not for this model; see `keys.check_model`.
     :raise ServiceError, RequestCancelled: as `ModelService.submit`.
     """
 
@@ -69,6 +71,7 @@ class _Generation:
         self._service = service
         self._exchange: Exchange = g.exchange
         self._exchange.facts = _facts(prompts)
+        check_model(self.model)
         self._client = _Client()
         self._deadline = self._exchange.started + service.limits.request_deadline_s + _BACKSTOP_S
         log.info("Input validated: model %s, max_tokens %s", self.model, prompts[0].sampling.max_tokens)

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import connections
+import keys
 import logs
 from config import ConfigError, load_settings
 from models.errors import SnapshotError
@@ -18,6 +19,7 @@ from watchdog import Watchdog
 try:
     _settings = load_settings()
     logs.check_file(_settings)
+    keys.open_store(_settings)
     # Paths, config.json and tokenizer files are checked now, before the port is bound.
     find_snapshots(_settings)
 except ConfigError as error:
@@ -62,3 +64,5 @@ def worker_exit(server: Any, worker: Any) -> None:
         # First, or it would take the stopped engine for a lost one.
         application.extensions["avito_watchdog"].stop()
         application.extensions["avito_service"].stop(timeout_s=5.0)
+        if application.extensions["avito_access"] is not None:
+            application.extensions["avito_access"].stop()

@@ -11,9 +11,10 @@ import ipaddress
 import time
 from typing import Any
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, g, jsonify, request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
+from access import Access, bearer
 from accounting import Ledger
 from config import VERSION, Settings
 from models.service import ModelService, ModelSnapshot, ServiceSnapshot
@@ -24,8 +25,14 @@ _FORWARDING_HEADERS = ("X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto
 
 
 def make_blueprint(
-    service: ModelService, ledger: Ledger, settings: Settings, registry: CollectorRegistry, gpu: GpuReader
+    service: ModelService,
+    ledger: Ledger,
+    settings: Settings,
+    registry: CollectorRegistry,
+    gpu: GpuReader,
+    access: Access | None = None,
 ) -> Blueprint:
+    """:param access: None: keys are off."""
     bp = Blueprint("health", __name__)
     started = time.monotonic()
     machine = SystemReader()
@@ -36,11 +43,11 @@ def make_blueprint(
         snapshot = service.snapshot()
         return jsonify(
             {
-                "status": _status(snapshot, settings, machine),
+                "status": _status(snapshot, settings, machine, access),
                 "version": VERSION,
                 "uptime_seconds": round(time.monotonic() - started, 3),
                 "models": _models(snapshot),
-                "checks": _checks(snapshot, settings, machine, gpu, service),
+                "checks": _checks(snapshot, settings, machine, gpu, service, access),
                 "why_not_ready": list(snapshot.why_not_ready),
                 "demo": snapshot.is_demo,
             }
@@ -53,7 +60,7 @@ def make_blueprint(
         body: dict[str, Any] = {
             "status": "ready" if snapshot.is_ready else "not_ready",
             "models": _models(snapshot),
-            "checks": _checks(snapshot, settings, machine, gpu, service),
+            "checks": _checks(snapshot, settings, machine, gpu, service, access),
             "demo": snapshot.is_demo,
         }
         if not snapshot.is_ready:
@@ -90,7 +97,7 @@ def make_blueprint(
     @bp.post("/api/metrics/reset")
     def reset_metrics() -> Response:
         """Start the sums of `/api/metrics` anew. Prometheus counters never go back."""
-        require_operator(settings)
+        require_operator(settings, access)
         ledger.reset()
         service.metrics.mark()
         return jsonify({"status": "reset"})
@@ -98,33 +105,39 @@ def make_blueprint(
     @bp.post("/api/drain")
     def drain() -> Response:
         """Before a stop: ready answers 503 from now on, while requests are still answered. There is no way back."""
-        require_token(settings)
+        require_token(settings, access)
         service.drain()
         return jsonify({"status": "draining"})
 
-    _export_machine(registry, service, machine, gpu)
+    _export_machine(registry, service, machine, gpu, access)
     return bp
 
 
-def require_token(settings: Settings) -> None:
-    """:raise WebError: `unauthorized` without a token or with a wrong one; `forbidden` if none is set."""
+def require_token(settings: Settings, access: Access | None) -> None:
+    """The operator's token, or a key with the scope `ops`.
+
+    :raise WebError: `unauthorized` without either or with a wrong one; `forbidden` for a key that has not the scope,
+        or if no token is set and keys are off.
+    """
     token = settings.ops_token.get_secret_value()
     given = request.headers.get("Authorization", "")
+    if token and hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        return
+    if access is not None and bearer():
+        g.api_key = access.authenticate("ops")
+        return
     if given and not token:
         raise WebError("forbidden", "AVITO_OPS_TOKEN is not set on this server, so no token opens this")
-    if not token or not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise WebError(
-            "unauthorized", "the operator's token is needed", headers={"WWW-Authenticate": 'Bearer realm="ops"'}
-        )
+    raise WebError("unauthorized", "the operator's token is needed", headers={"WWW-Authenticate": 'Bearer realm="ops"'})
 
 
-def require_operator(settings: Settings) -> None:
-    """The operator's token; if none is set, only a peer on this very machine, with nobody in between.
+def require_operator(settings: Settings, access: Access | None) -> None:
+    """As `require_token`; if no token is set and none was sent, a peer on this very machine with nobody in between.
 
     :raise WebError: `unauthorized` for a missing or wrong token; `forbidden` for anybody else without one.
     """
-    if settings.ops_token.get_secret_value():
-        require_token(settings)
+    if settings.ops_token.get_secret_value() or (access is not None and bearer()):
+        require_token(settings, access)
         return
     is_direct = not settings.trusted_proxies and not any(name in request.headers for name in _FORWARDING_HEADERS)
     if not (is_direct and _is_loopback(request.remote_addr) and "Origin" not in request.headers):
@@ -141,12 +154,13 @@ def _is_loopback(address: str | None) -> bool:
         return False
 
 
-def _status(snapshot: ServiceSnapshot, settings: Settings, machine: SystemReader) -> str:
+def _status(snapshot: ServiceSnapshot, settings: Settings, machine: SystemReader, access: Access | None) -> str:
     configured = [model for model in snapshot.models.values() if model.state != "not_configured"]
     if not snapshot.is_alive or all(model.state == "failed" for model in configured):
         return "unhealthy"
     is_disk_low = machine.read().disk_free_percent < settings.limits.min_disk_free_percent
-    return "degraded" if is_disk_low or not snapshot.is_ready else "healthy"
+    is_keys_file_bad = access is not None and access.store.error() is not None
+    return "degraded" if is_disk_low or is_keys_file_bad or not snapshot.is_ready else "healthy"
 
 
 def _models(snapshot: ServiceSnapshot) -> dict[str, Any]:
@@ -170,13 +184,18 @@ def _model(model: ModelSnapshot) -> dict[str, Any]:
 
 
 def _checks(
-    snapshot: ServiceSnapshot, settings: Settings, machine: SystemReader, gpu: GpuReader, service: ModelService
+    snapshot: ServiceSnapshot,
+    settings: Settings,
+    machine: SystemReader,
+    gpu: GpuReader,
+    service: ModelService,
+    access: Access | None,
 ) -> dict[str, dict[str, Any]]:
     """Named checks. Only the engine and the models make the service not ready; the others are for the operator."""
     system = machine.read()
     minimum = settings.limits.min_disk_free_percent
     card = gpu.read(service.gpu_uuid)
-    return {
+    checks: dict[str, dict[str, Any]] = {
         "engine": {
             "ok": snapshot.is_alive,
             "seconds_since_last_step": round(snapshot.stalled_s, 3),
@@ -199,6 +218,9 @@ def _checks(
         },
         "draining": {"ok": not snapshot.is_draining},
     }
+    if access is not None:
+        checks["keys"] = {"ok": access.store.error() is None, "keys": access.store.count()}
+    return checks
 
 
 def _system(machine: SystemReader) -> dict[str, Any]:
@@ -251,7 +273,9 @@ def _application(service: ModelService, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _export_machine(registry: CollectorRegistry, service: ModelService, machine: SystemReader, gpu: GpuReader) -> None:
+def _export_machine(
+    registry: CollectorRegistry, service: ModelService, machine: SystemReader, gpu: GpuReader, access: Access | None
+) -> None:
     """Gauges that are read when Prometheus asks."""
 
     def gauge(name: str, text: str, read: Any) -> None:
@@ -265,6 +289,11 @@ def _export_machine(registry: CollectorRegistry, service: ModelService, machine:
         return read
 
     gauge("avito_ready", "1 if every configured model serves.", lambda: float(service.snapshot().is_ready))
+    gauge(
+        "avito_keys_file_ok",
+        "0 while the keys file cannot be used and the keys from before stay.",
+        lambda: float(access is None or access.store.error() is None),
+    )
     gauge(
         "avito_engine_stalled_seconds",
         "Seconds without a step while work is pending.",

@@ -1,7 +1,7 @@
-"""Hooks around every request: id, clock, client, limits, rate, CORS, security headers, accounting, errors.
+"""Hooks around every request: id, clock, client, limits, key, rate, CORS, security headers, accounting, errors.
 
 `init_app` registers them in the order of a request's walk; the views see only requests that passed. Error shapes and
-the status table are in `responses.py`, outcomes in `accounting.py`.
+the status table are in `responses.py`, outcomes in `accounting.py`, keys in `access.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 import bodies
 import logs
+from access import Access
 from accounting import DOOR_BY_PATH, Exchange, Ledger
+from budgets import storage_options
 from config import Settings
+from keys import Key
 from models.errors import RequestCancelled, ServiceError
 from responses import STATUS_CLIENT_LEFT, WebError, as_web_error, error_response
 
@@ -33,7 +36,6 @@ log = logging.getLogger("avito.http")
 
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _EXCHANGE = "avito.exchange"
-_REDIS_TIMEOUT_S = 1
 PAGE_CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -50,8 +52,17 @@ EXPOSED_HEADERS = [
 ]
 
 
-def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
-    """Register everything. Call before the blueprints are registered."""
+def init_app(
+    app: Flask,
+    settings: Settings,
+    ledger: Ledger,
+    clock: Callable[[], float] = time.monotonic,
+    access: Access | None = None,
+) -> None:
+    """Register everything. Call before the blueprints are registered.
+
+    :param access: None: keys are off.
+    """
     limits = settings.limits
     app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes
     # Werkzeug's own limits of form fields (500 kB in memory) would refuse a long prompt within our limit.
@@ -62,7 +73,12 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
             app.wsgi_app, x_for=settings.trusted_proxies, x_proto=settings.trusted_proxies, x_host=0
         )
 
-    app.wsgi_app = _account_for_everything(app.wsgi_app, ledger, clock)  # type: ignore[method-assign]
+    def close(exchange: Exchange) -> None:
+        if access is not None:
+            access.settle(exchange)
+        _close_exchange(exchange, ledger, clock)
+
+    app.wsgi_app = _account_for_everything(app.wsgi_app, close)  # type: ignore[method-assign]
 
     @app.before_request
     def stamp() -> None:
@@ -75,12 +91,23 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
             log.info("Request received: %s %s", request.method, g.exchange.path)
         bodies.bound_input(limits.max_body_bytes)
 
-    limiter = _make_limiter(app, settings)
+    @app.before_request
+    def identify() -> None:
+        g.api_key = g.refusal = None
+        if access is not None:
+            access.identify()
+
+    limiter = _make_limiter(app, settings, has_keys=access is not None)
 
     @app.before_request
     def read_rate() -> None:
         # Now and not at the end: the storage may be gone by then, and a finished answer must not be lost for it.
         g.rate = _read_rate(limiter)
+
+    @app.before_request
+    def admit() -> None:
+        if access is not None:
+            access.admit()
 
     # after_request hooks run in reverse: this one, registered first, sees the finished response.
     @app.after_request
@@ -92,7 +119,7 @@ def init_app(app: Flask, settings: Settings, ledger: Ledger, clock: Callable[[],
         response.headers["X-Response-Time"] = f"{elapsed:.3f}s"
         # Accounting waits until the response is closed: a stream has not even begun now.
         exchange.is_followed = True
-        response.call_on_close(lambda: _close_exchange(exchange, ledger, clock))
+        response.call_on_close(lambda: close(exchange))
         return response
 
     @app.after_request
@@ -179,7 +206,7 @@ def _reason_phrase(status: int) -> str:
 
 
 def _account_for_everything(
-    wsgi: Callable[..., Iterable[bytes]], ledger: Ledger, clock: Callable[[], float]
+    wsgi: Callable[..., Iterable[bytes]], close: Callable[[Exchange], None]
 ) -> Callable[..., Iterable[bytes]]:
     """Count a request even if the framework itself failed and no hook saw its response."""
 
@@ -190,7 +217,7 @@ def _account_for_everything(
             exchange: Exchange | None = environ.get(_EXCHANGE)
             if exchange is not None and not exchange.is_followed:
                 exchange.status = exchange.status or 500
-                _close_exchange(exchange, ledger, clock)
+                close(exchange)
 
     return application
 
@@ -245,7 +272,10 @@ def _keep_what_was_typed(error: WebError) -> None:
 
 
 def client_key() -> str:
-    """Whom the rate limit counts: the peer's address; for IPv6 its /64, which is what one subscriber gets."""
+    """Whom the rate limit counts: a key; without a good one the peer's address, for IPv6 its /64, which is what one
+    subscriber gets."""
+    if g.api_key is not None:
+        return f"key:{g.api_key.id}"
     address = request.remote_addr or "-"
     try:
         parsed = ipaddress.ip_address(address)
@@ -258,29 +288,30 @@ def client_key() -> str:
     return address
 
 
-def _storage_options(uri: str) -> dict[str, str | int]:
-    """A Redis that accepts and never answers must not hold requests up."""
-    if uri.startswith("memory://"):
-        return {}
-    return {"socket_timeout": _REDIS_TIMEOUT_S, "socket_connect_timeout": _REDIS_TIMEOUT_S}
-
-
-def _make_limiter(app: Flask, settings: Settings) -> Limiter:
+def _make_limiter(app: Flask, settings: Settings, *, has_keys: bool) -> Limiter:
     """One count per client over all generating doors; everything else is exempt."""
+
+    def rate() -> str:
+        key: Key | None = g.api_key
+        if key is None or key.requests_per_minute is None:
+            return settings.rate_limit
+        return f"{key.requests_per_minute}/minute"
+
+    is_on = bool(settings.rate_limit) or has_keys
     limiter = Limiter(
         client_key,
-        application_limits=[settings.rate_limit] if settings.rate_limit else [],
+        application_limits=[rate] if is_on else [],
         storage_uri=settings.rate_limit_storage_uri,
-        storage_options=_storage_options(settings.rate_limit_storage_uri),
+        storage_options=dict(storage_options(settings.rate_limit_storage_uri)),
         strategy="moving-window",
         # If Redis is away, this process counts for itself: still limited, and nobody gets a 500 for it.
-        in_memory_fallback=[settings.rate_limit] if settings.rate_limit else [],
-        in_memory_fallback_enabled=bool(settings.rate_limit),
+        in_memory_fallback=[rate] if is_on else [],  # type: ignore[list-item] # callables too, as its docstring says
+        in_memory_fallback_enabled=is_on,
         # The fallback would count each endpoint by itself; with one name for all it is one count too.
         request_identifier=lambda: "generate",
-        enabled=bool(settings.rate_limit),
+        enabled=is_on,
     )
-    # A method that the door does not have (405) generates nothing either.
-    limiter.request_filter(lambda: g.exchange.door is None or request.endpoint is None)
+    # A method that the door does not have (405) generates nothing either. Who tries keys out is counted everywhere.
+    limiter.request_filter(lambda: g.refusal is None and (g.exchange.door is None or request.endpoint is None))
     limiter.init_app(app)
     return limiter

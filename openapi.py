@@ -39,7 +39,9 @@ def make_blueprint(parser: RequestParser) -> Blueprint:
 
 def build_document(parser: RequestParser) -> dict[str, Any]:
     """The whole document. Limits stand in it because they stand in the models of `parser`."""
-    generating = ("400", "413", "415", "429", "500", "503", "504")
+    generating = ("400", "401", "403", "413", "415", "429", "500", "503", "504")
+    # Whether this server asks for keys is its operator's choice, and may change without a new description.
+    optional_key: dict[str, Any] = {"security": [{"key": []}, {}]}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -48,11 +50,12 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
             "description": "A text model (Avibe) and a vision model (Avision) served from one GPU.",
         },
         "tags": [
-            {"name": "generate", "description": "Text and pictures in, text out. Limited per client."},
+            {"name": "generate", "description": "Text and pictures in, text out. Limited per client, or per key."},
             {"name": "health", "description": "How the service is. Not limited."},
             {
                 "name": "operator",
-                "description": "Need the operator's token; without one, metrics may be reset from the same machine.",
+                "description": "Need the operator's token or a key with the scope ops; "
+                "without a token, metrics may be reset from the same machine.",
             },
         ],
         "paths": {
@@ -65,6 +68,7 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
                     _ref("Answer"),
                     generating,
                 )
+                | optional_key
             },
             "/api/v1/image/analyze": {
                 "post": _operation(
@@ -78,6 +82,7 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
                     _ref("Answer"),
                     generating,
                 )
+                | optional_key
             },
             "/api/health": {"get": _reading("getHealth", "health", "How the service is", _ref("Health"))},
             "/api/health/ready": {
@@ -108,7 +113,14 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
             },
         },
         "components": {
-            "securitySchemes": {"operator": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "A key, where the server asks for keys.",
+                },
+                "operator": {"type": "http", "scheme": "bearer"},
+            },
             "headers": _HEADERS,
             "schemas": _schemas(parser),
         },

@@ -92,6 +92,8 @@ def render_index(active: ModelName = "avibe", form: Form | None = None) -> str:
         forms=forms,
         active=active,
         error_codes=ERROR_CODES,
+        # Not through keys.py, which is above this file.
+        has_keys="avito_keys" in current_app.extensions,
         **_context(),
     )
 

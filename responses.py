@@ -29,6 +29,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "unsupported_media_type": 415,
     "unsupported_image": 415,
     "rate_limited": 429,
+    "token_budget_exhausted": 429,
     "numeric_error": 500,
     "internal_error": 500,
     "queue_full": 503,

@@ -68,10 +68,10 @@ def make_service() -> Iterator[Callable[..., ModelService]]:
 def make_app(make_service: Callable[..., ModelService]) -> Callable[..., Flask]:
     """Makes applications: settings by their variable names, the rate limit off unless given."""
 
-    def make(service: ModelService | None = None, **settings: Any) -> Flask:
+    def make(service: ModelService | None = None, *, now: Callable[[], float] = time.time, **settings: Any) -> Flask:
         values = {"AVITO_RATE_LIMIT": "", **settings}
         parsed = Settings.model_validate(values)
-        app = create_app(parsed, service or make_service(limits=parsed.limits))
+        app = create_app(parsed, service or make_service(limits=parsed.limits), now=now)
         app.test_client_class = BufferedClient
         return app
 

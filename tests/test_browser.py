@@ -166,7 +166,7 @@ def test_a_click_on_a_sample_chooses_it_with_its_question_and_the_demo_answers(
     assert page.locator("form[action^='/avision'] [name=prompt]").input_value() == question
     page.keyboard.press("Enter")  # the focus is on the button
     outcome = page.locator("#avision-outcome")
-    outcome.locator("[data-answer]").wait_for()
+    outcome.locator(".facts").wait_for()  # the answer is complete
     assert outcome.locator("[data-answer]").inner_text() == answer
     assert outcome.locator(".badge-demo").count() == 1
 

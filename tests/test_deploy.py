@@ -263,6 +263,7 @@ class Script(BaseHTTPRequestHandler):
     """Answers each request with the next (status, body) that the test put in line; the last one stays."""
 
     answers: list[tuple[int, bytes]]
+    authorizations: list[str | None]
 
     def do_GET(self) -> None:
         status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -273,6 +274,7 @@ class Script(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        self.authorizations.append(self.headers["Authorization"])
         self.do_GET()
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -280,8 +282,14 @@ class Script(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def service(request) -> Iterator[service_client.Service]:
-    handler = type("Scripted", (Script,), {"answers": list(request.param)})
+def authorizations() -> list[str | None]:
+    """The header of each POST that came to `service`."""
+    return []
+
+
+@pytest.fixture
+def service(request, authorizations) -> Iterator[service_client.Service]:
+    handler = type("Scripted", (Script,), {"answers": list(request.param), "authorizations": authorizations})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -368,3 +376,26 @@ def test_an_embedded_avision_that_does_not_see_fails_the_trial(service):
 def test_an_answer_that_is_no_json_object_is_a_failure_with_its_address(service):
     with pytest.raises(service_client.Failed, match="/api/health answered 200 with something else"):
         service.ask("/api/health")
+
+
+@pytest.mark.parametrize(
+    "service",
+    [[completion("Paris.", is_demo=True), completion(service_client.DRAWING_SHOWS, is_demo=True), HEALTH, METRICS]],
+    indirect=True,
+)
+def test_trying_out_a_service_with_keys_sends_the_one_it_was_given(service, authorizations):
+    with_keys = BOTH.model_copy(update={"keys_file": "keys.json"})
+    service_client.try_out(service, with_keys, say=lambda line: None, key="avito_x")
+    assert authorizations == ["Bearer avito_x"] * 2
+
+
+@pytest.mark.parametrize("service", [[HEALTH, METRICS]], indirect=True)
+def test_trying_out_a_service_with_keys_and_without_one_says_that_the_models_are_not_asked(service, authorizations):
+    said: list[str] = []
+    service_client.try_out(service, BOTH.model_copy(update={"keys_file": "keys.json"}), say=said.append)
+    assert said == [
+        "Keys are on and DEPLOY_API_KEY has none, so the models are not asked",
+        "/api/health: 200, healthy",
+        "/api/metrics: 200",
+    ]
+    assert authorizations == []

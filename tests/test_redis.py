@@ -1,4 +1,4 @@
-"""The rate limit in a real Redis: shared by two applications, and still there when Redis goes away."""
+"""Rates and token budgets in a real Redis: shared by two applications, and still there when Redis goes away."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from tests.fakes import GENEROUS_S, EchoRunner, FakeLoaded
-from tests.test_error_shape import TEXT
+from tests.test_access import ask_text
+from tests.test_error_shape import TEXT, assert_error
+from tests.test_keys import make
 from tests.test_middleware import ask
 
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
@@ -64,3 +66,22 @@ def test_answer_survives_redis_dying_while_it_is_made(make_app: Any, make_servic
     assert response.status_code == 200 and response.headers["X-Request-ID"]
     application = app.test_client().get("/api/metrics").get_json()["application"]
     assert (application["ok_requests"], application["open_requests"]) == (1, 0)
+
+
+def test_rates_and_budgets_of_keys_are_shared_and_go_on_without_redis(
+    make_app: Any, redis: Any, tmp_path: Path
+) -> None:
+    process, uri = redis
+    path = tmp_path / "keys.json"
+    rated, budgeted = make(path, "rated", "--rate", "2"), make(path, "budgeted", "--tokens-per-day", "12")
+    settings = {"AVITO_KEYS_FILE": str(path), "AVITO_RATE_LIMIT_STORAGE_URI": uri}
+    first, second = (make_app(**settings).test_client() for _ in range(2))
+    assert [ask_text(client, rated).status_code for client in (first, second, first)] == [200, 200, 429]
+    answers = [ask_text(client, budgeted) for client in (first, second, first)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429], "6 tokens each"
+    assert_error(answers[-1], "token_budget_exhausted")
+    assert not path.with_name("keys.json.usage").exists()
+    process.kill()
+    process.wait()
+    assert [ask_text(first, rated).status_code for _ in range(3)] == [200, 200, 429], "each counts for itself"
+    assert_error(ask_text(first, budgeted), "token_budget_exhausted")

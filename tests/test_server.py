@@ -601,3 +601,44 @@ def test_timeouts_of_server_and_requests_fit_together(start: Any) -> None:
     from config import Settings
 
     assert int(result.stdout) > Settings().request_deadline_s
+
+
+def test_revoked_key_is_refused_on_a_kept_connection_and_usage_is_kept_at_the_stop(start: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+
+    def command(*arguments: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "keys", "--file", str(keys), *arguments],
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return result.stdout.strip()
+
+    secret, _ = command("make", "first"), command("make", "second")
+    server = start(AVITO_KEYS_FILE=keys).wait_ready()
+    request = raw_request("abc", extra=f"Authorization: Bearer {secret}\r\n")
+    with closing(server.connect()) as connection:
+
+        def ask() -> int:
+            connection.sendall(request)
+            return read_answer(connection)[0]
+
+        assert [ask(), ask()] == [200, 200]
+        command("revoke", "first")
+        server.wait(lambda: ask() == 401, "refusal")
+    assert secret not in server.log.read_text() and " key=first " in server.log.read_text()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(GENEROUS_S) == 0
+    (used,) = json.loads(keys.with_name("keys.json.usage").read_text())["tokens"].values()
+    num_answered = server.log.read_text().count("outcome=ok")
+    assert used == num_answered * 6 >= 12
+
+
+def test_a_wrong_keys_file_ends_the_start_with_a_sentence(start: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text('{"keys": [{"id": "x"}]}')
+    server = start(AVITO_KEYS_FILE=keys)
+    assert server.process.wait(GENEROUS_S) == 1
+    assert server.log.read_text().startswith(f"configuration: AVITO_KEYS_FILE={keys}: keys.0.id: ")

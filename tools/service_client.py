@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -26,6 +27,9 @@ POLL_S = 0.2
 POLL_TIMEOUT_S = 5
 SAY_AGAIN_S = 10  # after that long without news, waiting says what it waits for
 MAX_RETRY_AFTER_S = 65
+
+# A key for the trial, where the service asks for keys.
+KEY_VARIABLE = "DEPLOY_API_KEY"
 
 QUESTION = "What is the capital of France?"
 PROOF = {"prompt": QUESTION, "temperature": 0, "max_tokens": 32}
@@ -141,16 +145,20 @@ def wait_until_ready(service: Service, pid: int, timeout_s: float, say: Say) -> 
         time.sleep(POLL_S)
 
 
-def try_out(service: Service, settings: Settings, say: Say) -> None:
+def try_out(service: Service, settings: Settings, say: Say, key: str = "") -> None:
     """One real request to each door that tells most: text, a picture, health, metrics.
 
+    :param key: for a service that asks for keys; without one its models are not asked.
     :raise Failed: a door did not answer as it must, or the embedded Avision does not see what is on a drawing.
     """
     deadline_s = settings.request_deadline_s
-    if settings.avibe_model_path:
-        say_answer("Avibe", QUESTION, ask_model(service, TEXT_DOOR, PROOF, deadline_s), say)
-    if settings.avision_model_path:
-        body = ask_model(service, PICTURE_DOOR, picture_proof(), deadline_s)
+    can_ask = bool(key) or not settings.keys_file
+    if not can_ask:
+        say(f"Keys are on and {KEY_VARIABLE} has none, so the models are not asked")
+    if can_ask and settings.avibe_model_path:
+        say_answer("Avibe", QUESTION, ask_model(service, TEXT_DOOR, PROOF, deadline_s, key), say)
+    if can_ask and settings.avision_model_path:
+        body = ask_model(service, PICTURE_DOOR, picture_proof(), deadline_s, key)
         say_answer("Avision", f"{DRAWING.name}: {PICTURE_QUESTION}", body, say)
         if body["data"].get("demo") and body["data"]["text"] != DRAWING_SHOWS:
             raise Failed(f"The embedded Avision does not see what {DRAWING.name} shows, which is: {DRAWING_SHOWS}")
@@ -169,16 +177,16 @@ def picture_proof() -> dict[str, Any]:
     return {"prompt": PICTURE_QUESTION, "image": picture, "temperature": 0, "max_tokens": 64}
 
 
-def ask_model(service: Service, path: str, payload: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+def ask_model(service: Service, path: str, payload: dict[str, Any], deadline_s: float, key: str = "") -> dict[str, Any]:
     """The success body of one real completion.
 
     :raise Failed: there is none, or its text is empty.
     """
-    answer = service.ask(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S)
+    answer = service.ask(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S, token=key)
     if answer.status == 429 and answer.retry_after_s is not None:
         # Restarts in a row can use up what one client may ask per minute.
         time.sleep(min(answer.retry_after_s, MAX_RETRY_AFTER_S))
-        answer = service.ask(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S)
+        answer = service.ask(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S, token=key)
     body = answer.body
     if answer.status != 200 or body.get("success") is not True:
         raise Failed(f"{path} answered {answer.status}: {body.get('error', {}).get('message', body)}")
@@ -238,7 +246,7 @@ def main() -> int:
         if arguments.command == "wait":
             wait_until_ready(service, arguments.pid, arguments.timeout_s, say)
         elif arguments.command == "try":
-            try_out(service, settings, say)
+            try_out(service, settings, say, os.environ.get(KEY_VARIABLE, ""))
         elif arguments.command == "status":
             return 0 if tell_status(service) else 1
         else:
