@@ -19,9 +19,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from models.schemas import Completion, Timing
+from models.schemas import MODEL_NAMES, Completion, ModelName, Timing
 
-Door = Literal["web_avibe", "web_avision", "api_text_generate", "api_image_analyze"]
+Door = Literal[
+    "web_avibe", "web_avision", "api_text_generate", "api_image_analyze", "v1_chat_completions", "v1_completions"
+]
 Outcome = Literal["ok", "rejected", "expired", "cancelled", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("ok", "rejected", "expired", "cancelled", "error")
 DOOR_BY_PATH: Mapping[str, Door] = {
@@ -29,6 +31,15 @@ DOOR_BY_PATH: Mapping[str, Door] = {
     "/avision": "web_avision",
     "/api/v1/text/generate": "api_text_generate",
     "/api/v1/image/analyze": "api_image_analyze",
+    "/v1/chat/completions": "v1_chat_completions",
+    "/v1/completions": "v1_completions",
+}
+# What these doors are for; of the others the body says it.
+_MODEL_BY_DOOR: Mapping[Door, ModelName] = {
+    "web_avibe": "avibe",
+    "web_avision": "avision",
+    "api_text_generate": "avibe",
+    "api_image_analyze": "avision",
 }
 # Codes of refusals that are 503 and happen before admission.
 _REFUSALS = frozenset({"not_ready", "queue_full", "model_not_configured"})
@@ -52,6 +63,7 @@ class Exchange:
     path: str
     client: str
     door: Door | None
+    model: ModelName | None = None
     completion: Completion | None = None
     error_code: str | None = None
     is_cancelled: bool = False
@@ -80,6 +92,7 @@ class Exchange:
         timing = self.timing
         fields: dict[str, object] = {
             "door": self.door,
+            "model": self.model,
             "outcome": self.outcome(),
             "reason": self.error_code,
             "status": self.status,
@@ -106,6 +119,7 @@ class Totals:
     open: int
     by_outcome: Mapping[Outcome, int]
     by_door: Mapping[Door, int]
+    by_model: Mapping[ModelName, int]
     ok_seconds: float
 
 
@@ -122,8 +136,9 @@ class Ledger(Collector):
         self._rejections: Counter[tuple[Door, str]] = Counter()
         self._key_outcomes: Counter[tuple[str, Outcome]] = Counter()
         self._key_tokens: Counter[tuple[str, str]] = Counter()
+        self._models: Counter[ModelName] = Counter()  # by the doors that are for all of them, once ended
         self._ok_seconds = 0.0
-        self._reset_at = (Counter[Door](), Counter[tuple[Door, Outcome]](), 0.0)
+        self._reset_at = (Counter[Door](), Counter[tuple[Door, Outcome]](), Counter[ModelName](), 0.0)
         registry.register(self)
 
     def open(self, door: Door) -> None:
@@ -136,6 +151,8 @@ class Ledger(Collector):
             self._outcomes[door, outcome] += 1
             if outcome == "rejected":
                 self._rejections[door, exchange.error_code or "invalid_request"] += 1
+            if exchange.model is not None and door not in _MODEL_BY_DOOR:
+                self._models[exchange.model] += 1
             if outcome == "ok":
                 self._ok_seconds += total_s
             if exchange.key is not None:
@@ -146,13 +163,18 @@ class Ledger(Collector):
     def totals(self) -> Totals:
         with self._lock:
             num_open = sum(self._received.values()) - sum(self._outcomes.values())
-            received, outcomes, ok_seconds = self._reset_at
+            received, outcomes, models, ok_seconds = self._reset_at
+            by_door = {door: self._received[door] - received[door] for door in DOOR_BY_PATH.values()}
+            by_model = {name: self._models[name] - models[name] for name in MODEL_NAMES}
+            for door, name in _MODEL_BY_DOOR.items():
+                by_model[name] += by_door[door]
             ended = {key: count - outcomes[key] for key, count in self._outcomes.items()}
             return Totals(
                 received=sum(self._received.values()) - sum(received.values()),
                 open=num_open,
                 by_outcome={o: sum(n for (_, outcome), n in ended.items() if outcome == o) for o in OUTCOMES},
-                by_door={door: self._received[door] - received[door] for door in DOOR_BY_PATH.values()},
+                by_door=by_door,
+                by_model=by_model,
                 ok_seconds=self._ok_seconds - ok_seconds,
             )
 
@@ -163,7 +185,7 @@ class Ledger(Collector):
             for (door, _), count in self._outcomes.items():
                 still_open[door] -= count
             received = self._received - +still_open
-            self._reset_at = (received, Counter(self._outcomes), self._ok_seconds)
+            self._reset_at = (received, Counter(self._outcomes), Counter(self._models), self._ok_seconds)
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:

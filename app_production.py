@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 import api
 import health
 import middleware
+import openai_api
 import openapi
 import pages
 import web
@@ -19,6 +20,7 @@ from accounting import Ledger
 from bodies import InMemoryRequest
 from config import Settings, load_settings, set_torch_environment
 from keys import open_store
+from models.openai_parsing import OpenAIParser
 from models.parsing import RequestParser
 from models.service import ModelService
 from models.snapshots import find_snapshots
@@ -60,6 +62,7 @@ def create_app(
     pages.init_app(app, service, settings.limits)
     app.register_blueprint(web.make_blueprint(service, parser))
     app.register_blueprint(api.make_blueprint(service, parser))
+    app.register_blueprint(openai_api.make_blueprint(service, OpenAIParser(settings.limits)))
     app.register_blueprint(health.make_blueprint(service, ledger, settings, registry, GpuReader(), access))
     app.register_blueprint(openapi.make_blueprint(parser))
     return app

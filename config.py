@@ -67,6 +67,17 @@ class Limits:
     max_seed: int = 2**63 - 1
     max_stop_strings: int = 8
     max_stop_chars: int = 128
+    max_stop_token_ids: int = 64
+    max_logit_biases: int = 300
+    # OpenAI's bounds of logit_bias, either side of 0, and of top_logprobs.
+    max_logit_bias: float = 100.0
+    max_top_logprobs: int = 20
+    # Answers to one HTTP request, all prompts together: each takes a place.
+    max_choices: int = 8
+    max_messages: int = 1024
+    max_tools: int = 128
+    # Levels of a tool's parameters or of a call's arguments.
+    max_json_depth: int = 64
     max_images: int = 4
     # Pixels of one picture as its header states them: 50 megapixels decode to 150 MB of RGB.
     max_image_px: int = 50_000_000

@@ -70,6 +70,7 @@ class _Generation:
         self.num_choices = num_choices
         self._service = service
         self._exchange: Exchange = g.exchange
+        self._exchange.model = self.model
         self._exchange.facts = _facts(prompts)
         check_model(self.model)
         self._client = _Client()
@@ -149,6 +150,7 @@ class _Generation:
     def note_failure(self, end: Failed) -> None:
         """For an error that is told in a stream; others are noted where they are shown."""
         self._exchange.error_code = end.error.code
+        self._exchange.completion = None  # of another answer to the same request
         log.warning("the stream ended with %s: %s", end.error.code, end.error)
 
     def close(self) -> None:

@@ -266,8 +266,8 @@ def _application(service: ModelService, ledger: Ledger) -> dict[str, Any]:
         "average_response_time_seconds": round(totals.ok_seconds / outcomes["ok"], 6) if outcomes["ok"] else 0.0,
         "total_tokens_generated": service.metrics.since_mark(service.metrics.generation_tokens),
         "total_prompt_tokens": service.metrics.since_mark(service.metrics.prompt_tokens),
-        "avibe_requests": totals.by_door["web_avibe"] + totals.by_door["api_text_generate"],
-        "avision_requests": totals.by_door["web_avision"] + totals.by_door["api_image_analyze"],
+        "avibe_requests": totals.by_model["avibe"],
+        "avision_requests": totals.by_model["avision"],
         "requests_running": sum(m.num_running for m in snapshot.models.values()),
         "requests_waiting": sum(m.num_waiting for m in snapshot.models.values()),
     }

@@ -23,6 +23,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
+    "model_not_found": 404,
     "method_not_allowed": 405,
     "payload_too_large": 413,
     "image_too_large": 413,

@@ -4,6 +4,7 @@ ServiceError                      code                   seen by the client as
 ├── InvalidRequest                invalid_request        400
 │   ├── UnknownField              unknown_field          400
 │   ├── PromptTooLong             prompt_too_long        400
+│   ├── ModelNotFound             model_not_found        404   a name that no model of ours has
 │   ├── ToolsUnsupported          tools_unsupported      400   the model's chat template has no tools
 │   └── InvalidImage              invalid_image          400   truncated, broken, mislabelled
 ├── ImageTooLarge                 image_too_large        413
@@ -48,6 +49,10 @@ class UnknownField(InvalidRequest):
 
 class PromptTooLong(InvalidRequest):
     code = "prompt_too_long"
+
+
+class ModelNotFound(InvalidRequest):
+    code = "model_not_found"
 
 
 class ToolsUnsupported(InvalidRequest):

@@ -61,15 +61,15 @@ class RequestParser:
         self.limits = limits
         text, picture = _text_fields(limits, "avibe"), _text_fields(limits, "avision")
         # Of the JSON API; `image_fields` go with uploaded files.
-        self.text_body = _body_model("TextGenerateRequest", text | _STREAM_FIELD)
-        self.image_fields = _body_model("ImageAnalyzeFields", picture | _STREAM_FIELD)
-        self.image_body = _body_model("ImageAnalyzeRequest", picture | _picture_fields(limits) | _STREAM_FIELD)
+        self.text_body = body_model("TextGenerateRequest", text | _STREAM_FIELD)
+        self.image_fields = body_model("ImageAnalyzeFields", picture | _STREAM_FIELD)
+        self.image_body = body_model("ImageAnalyzeRequest", picture | _picture_fields(limits) | _STREAM_FIELD)
         # Of the pages' forms, which are answered by a page.
-        self._text_form = _body_model("TextForm", text)
-        self._image_form = _body_model("ImageForm", picture)
+        self._text_form = body_model("TextForm", text)
+        self._image_form = body_model("ImageForm", picture)
 
     def parse_text_json(self, body: bytes) -> ApiRequest:
-        fields = _validate(self.text_body, load_json_object(body))
+        fields = validate(self.text_body, load_json_object(body))
         return ApiRequest(TextRequest(_messages(fields), _sampling(fields)), fields["stream"])
 
     def parse_text_form(self, fields: Iterable[tuple[str, str]]) -> TextRequest:
@@ -77,7 +77,7 @@ class RequestParser:
         return TextRequest(_messages(valid), _sampling(valid))
 
     def parse_image_json(self, body: bytes) -> ApiRequest:
-        fields = _validate(self.image_body, load_json_object(body))
+        fields = validate(self.image_body, load_json_object(body))
         one, several = fields["image"], fields["images"]
         if one is not None and several is not None:
             raise InvalidRequest("image, images: give one of the two, not both", field="images")
@@ -87,7 +87,7 @@ class RequestParser:
             sources = [("image", one)]
         else:
             sources = [(f"images[{i}]", source) for i, source in enumerate(several)]
-        pictures = [_decode_picture(source, field) for field, source in sources]
+        pictures = [decode_picture(source, field) for field, source in sources]
         return ApiRequest(self._image_request(fields, pictures), fields["stream"])
 
     def parse_image_upload(self, fields: Iterable[tuple[str, str]], files: Sequence[UploadedFile]) -> ApiRequest:
@@ -103,7 +103,7 @@ class RequestParser:
     ) -> tuple[ImageRequest, Mapping[str, Any]]:
         for file in files:
             if file.name != "image":
-                raise UnknownField(f"{_shown_name(file.name)}: no such field", field=_shown_name(file.name))
+                raise UnknownField(f"{shown_name(file.name)}: no such field", field=shown_name(file.name))
         # A browser sends an empty part for a file input that was left alone.
         chosen = [file for file in files if file.data or file.content_type not in ("", "application/octet-stream")]
         valid = _validate_form(model, fields)
@@ -152,7 +152,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise InvalidRequest(f"{_shown_name(key)}: is given more than once", field=_shown_name(key))
+            raise InvalidRequest(f"{shown_name(key)}: is given more than once", field=shown_name(key))
         result[key] = value
     return result
 
@@ -174,12 +174,14 @@ def _penalty(limits: Limits, description: str) -> Any:
 
 
 def _text_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
+    text = Annotated[str, Field(min_length=1, max_length=limits.max_prompt_chars, description="The user's text.")]
+    return {"prompt": (text, ...), **sampling_fields(limits, model)}
+
+
+def sampling_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
+    """Name -> (type, default) of what every door takes beside its prompt."""
     stop_string = Annotated[str, Field(min_length=1, max_length=limits.max_stop_chars)]
     return {
-        "prompt": (
-            Annotated[str, Field(min_length=1, max_length=limits.max_prompt_chars, description="The user's text.")],
-            ...,
-        ),
         "max_tokens": (
             Annotated[
                 int,
@@ -289,21 +291,21 @@ def _picture_fields(limits: Limits) -> dict[str, Any]:
     }
 
 
-def _body_model(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
+def body_model(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
     # A default of None is never checked, so that `null` stays an error while the field may be absent.
     config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
     return cast(type[BaseModel], create_model(name, __config__=config, **cast(Any, dict(fields))))
 
 
-def _validate(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+def validate(model: type[BaseModel], fields: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     # Before Pydantic, which would make an error object for each of a million unknown fields.
     for name in fields:
         if name not in model.model_fields:
-            raise UnknownField(f"{_shown_name(name)}: no such field", field=_shown_name(name))
+            raise UnknownField(f"{shown_name(name)}: no such field", field=shown_name(name))
     try:
         return dict(model.model_validate(fields, strict=strict))
     except ValidationError as error:
-        raise _as_service_error(error) from None
+        raise _as_service_error(error, fields) from None
 
 
 def _validate_form(model: type[BaseModel], fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -313,13 +315,13 @@ def _validate_form(model: type[BaseModel], fields: Iterable[tuple[str, str]]) ->
         if name == "stop" and value:
             cast("list[str]", given.setdefault("stop", [])).append(value)
         elif name in given:
-            raise InvalidRequest(f"{_shown_name(name)}: is given more than once", field=_shown_name(name))
+            raise InvalidRequest(f"{shown_name(name)}: is given more than once", field=shown_name(name))
         elif name == "prompt":
             # Browsers send the line ends of a text area as CRLF; the same text through the API has LF.
             given[name] = value.replace("\r\n", "\n")
         elif value != "" or name not in model.model_fields:
             given[name] = value
-    return _validate(model, given, strict=False)
+    return validate(model, given, strict=False)
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -343,7 +345,7 @@ def _sampling(fields: Mapping[str, Any]) -> SamplingParams:
     )
 
 
-def _decode_picture(source: str, field: str) -> tuple[str, bytes, str]:
+def decode_picture(source: str, field: str) -> tuple[str, bytes, str]:
     """Base64 or a data URL -> (field, bytes, declared type). Nothing is ever fetched."""
     declared = ""
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.\-]{0,20}):", source)
@@ -364,7 +366,7 @@ def _decode_picture(source: str, field: str) -> tuple[str, bytes, str]:
     return field, data, declared.strip().lower()
 
 
-def _shown_name(name: str) -> str:
+def shown_name(name: str) -> str:
     """A name that the user chose, cut and made printable, so that it can be repeated in a message."""
     shown = "".join(c if c.isprintable() else "?" for c in name[:64])
     return shown + "..." if len(name) > 64 else shown
@@ -381,7 +383,10 @@ _TYPE_WORDS = {
     "finite_number": "a finite number",
     "bool_type": "a boolean",
     "bool_parsing": "true or false",
-    "list_type": "a list of strings",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
     "string_unicode": "valid Unicode without lone surrogates",
 }
 _BOUND_WORDS = {
@@ -392,15 +397,23 @@ _BOUND_WORDS = {
 }
 
 
-def _as_service_error(error: ValidationError) -> ServiceError:
+def _as_service_error(error: ValidationError, fields: Mapping[str, Any]) -> ServiceError:
     """The first mistake as one sentence."""
     detail = error.errors(include_url=False)[0]
     kind, context = detail["type"], detail.get("ctx", {})
-    path = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in detail["loc"])
-    field = _shown_name(path)
+    field = _path(detail["loc"], fields)
     value = detail["input"]
     if kind == "missing":
         return InvalidRequest(f"{field}: is required", field=field)
+    if kind == "extra_forbidden":
+        return UnknownField(f"{field}: no such field", field=field)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        # Pydantic names the function that reads the tag: `_role()`.
+        name = context["discriminator"].removeprefix("_").removesuffix("()").removeprefix("part_")
+        field = f"{field}.{name}"
+        if kind == "union_tag_not_found":
+            return InvalidRequest(f"{field}: is required", field=field)
+        return InvalidRequest(f"{field}: must be one of {context['expected_tags']}", field=field)
     if kind in _BOUND_WORDS:
         words, key = _BOUND_WORDS[kind]
         return InvalidRequest(f"{field}: must be {words} {context[key]:g}, got {_shown_number(value)}", field=field)
@@ -411,7 +424,26 @@ def _as_service_error(error: ValidationError) -> ServiceError:
     if kind in _TYPE_WORDS:
         given = "text" if isinstance(value, str) else _json_type(value)
         return InvalidRequest(f"{field}: must be {_TYPE_WORDS[kind]}, got {given}", field=field)
+    if kind == "literal_error":
+        return InvalidRequest(f"{field}: must be {context['expected']}", field=field)
+    if kind == "string_pattern_mismatch":
+        return InvalidRequest(f"{field}: must match {context['pattern']}", field=field)
+    if kind == "value_error":  # from a validator of ours
+        return InvalidRequest(f"{field}: {context['error']}", field=field)
     return InvalidRequest(f"{field}: is not valid", field=field)
+
+
+def _path(loc: tuple[int | str, ...], fields: Mapping[str, Any]) -> str:
+    """`messages[0].content`: where a mistake is, without the names that Pydantic gives to the members of a union."""
+    path, here = "", cast(Any, fields)
+    for index, part in enumerate(loc):
+        if isinstance(here, Mapping) and isinstance(part, str) and (part in here or index == len(loc) - 1):
+            path += f".{shown_name(part)}" if path else shown_name(part)
+            here = here.get(part)
+        elif isinstance(here, list) and isinstance(part, int):
+            path += f"[{part}]"
+            here = here[part] if part < len(here) else None
+    return path
 
 
 def _shown_number(value: object) -> str:

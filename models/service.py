@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -203,6 +203,49 @@ class ModelService:
         """
         if model not in self._slots:
             raise ModelNotConfigured(f"model {model}: is not configured on this server")
+
+    @property
+    def configured_models(self) -> tuple[ModelName, ...]:
+        return tuple(self._slots)
+
+    def tokenize(self, request: Request) -> list[int]:
+        """Token ids of a prompt, as the engine would get them.
+
+        :raise ModelNotConfigured, NotReady: see `submit`.
+        :raise ServiceError: the prompt cannot be encoded.
+        """
+        encoder = self._encoder(request.model)
+        if isinstance(request, ImageRequest):
+            return list(encoder.encode(request, lambda: None).ids)
+        return encoder.encode_text(request)
+
+    def detokenize(self, model: ModelName, ids: Sequence[int]) -> str:
+        """The text of token ids, special ones too.
+
+        :raise ModelNotConfigured, NotReady: see `submit`.
+        :raise InvalidRequest: the model has no such id.
+        """
+        encoder = self._encoder(model)
+        for index, token_id in enumerate(ids):
+            encoder.check_id(token_id, "tokens", f"tokens[{index}]")
+        return encoder.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_texts(self, model: ModelName, ids: Sequence[int]) -> list[str]:
+        """Each token by itself; a part of a character shows as U+FFFD."""
+        token_bytes = self._encoder(model).tokenizer.token_bytes
+        return [token_bytes(token_id).decode(errors="replace") for token_id in ids]
+
+    def context_tokens(self, model: ModelName) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._encoder(model).context_tokens
+
+    def _encoder(self, model: ModelName) -> Encoder:
+        self.check_configured(model)
+        with self._lock:
+            slot = self._slots[model]
+            if slot.serving is None:
+                raise NotReady(f"model {model}: {self._describe(model, slot)}", retry_after_s=_DEFAULT_RETRY_S)
+            return slot.serving.encoder
 
     def submit(
         self,

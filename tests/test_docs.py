@@ -36,6 +36,7 @@ MARKDOWN = [
         "CHANGELOG.md",
         "docs/engine.md",
         "docs/demo-avision.md",
+        "docs/openai.md",
     )
 ]
 DOCUMENTS = [*MARKDOWN, ARCHITECTURE]
@@ -129,8 +130,8 @@ def test_every_door_is_documented_and_every_documented_one_exists(app: Flask) ->
         for method in (rule.methods or set()) & {"GET", "POST"}
         if rule.endpoint != "static"
     }
-    assert set(re.findall(r"`((?:GET|POST) /[\w./]*)`", manual())) == doors
-    drawn = re.findall(r"(GET|POST) +(/[\w./]*)", ARCHITECTURE.read_text(encoding="utf-8"))
+    assert set(re.findall(r"`((?:GET|POST) /[\w./<>]*)`", manual())) == doors
+    drawn = re.findall(r"(GET|POST) +(/[\w./<>]*)", ARCHITECTURE.read_text(encoding="utf-8"))
     assert {f"{method} {path}" for method, path in drawn} == doors
 
 
@@ -138,7 +139,7 @@ def test_every_door_is_documented_and_every_documented_one_exists(app: Flask) ->
 def test_documents_name_no_other_address(document: Path, app: Flask) -> None:
     text = document.read_text(encoding="utf-8")
     paths = {rule.rule for rule in app.url_map.iter_rules()}
-    assert set(re.findall(r"\b(?:GET|POST) +(/[\w./]*)", text)) <= paths
+    assert set(re.findall(r"\b(?:GET|POST) +(/[\w./<>]*)", text)) <= paths
     # With a host, or under /api: "/api/v1" alone names the group.
     named = re.findall(r"(?:localhost:\d+|(?<![\w./-]))(/api/[\w./]*\w)", text)
     assert {path for path in named if path != "/api/v1"} <= paths

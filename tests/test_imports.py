@@ -30,7 +30,7 @@ LAYERS = [
     ["budgets"],
     ["access"],
     ["generation", "middleware", "connections"],
-    ["api", "web", "health", "openapi"],
+    ["api", "openai_api", "web", "health", "openapi"],
     ["app_production", "gunicorn_config"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
