@@ -4,6 +4,7 @@ ServiceError                      code                   seen by the client as
 ├── InvalidRequest                invalid_request        400
 │   ├── UnknownField              unknown_field          400
 │   ├── PromptTooLong             prompt_too_long        400
+│   ├── InvalidSchema             invalid_schema         400   a JSON Schema that answers cannot be held to
 │   └── InvalidImage              invalid_image          400   truncated, broken, mislabelled
 ├── ImageTooLarge                 image_too_large        413
 ├── UnsupportedImage              unsupported_image      415   no picture that we take
@@ -47,6 +48,10 @@ class UnknownField(InvalidRequest):
 
 class PromptTooLong(InvalidRequest):
     code = "prompt_too_long"
+
+
+class InvalidSchema(InvalidRequest):
+    code = "invalid_schema"
 
 
 class InvalidImage(InvalidRequest):

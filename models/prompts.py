@@ -28,6 +28,7 @@ from config import Limits
 from models.engine.sequence import PictureSpan, SamplingOptions
 from models.engine.vision import VisionInputs
 from models.errors import InternalError, LoadError, PromptTooLong
+from models.grammars import GrammarCompiler
 from models.images import decode
 from models.schemas import ImageRequest, Message, SamplingParams, TextRequest
 
@@ -143,6 +144,7 @@ class PromptEncoder:
     :param image_token_id: the placeholder of pictures.
     :param rope_index: rotary positions of a prompt with pictures, called with CPU tensors from any thread: the
         library's own `get_rope_index`, which reads only the model's configuration.
+    :param grammars: compiles what structured answers must be; None: this model gives none.
     """
 
     def __init__(
@@ -156,8 +158,10 @@ class PromptEncoder:
         image_processor: Any = None,
         image_token_id: int | None = None,
         rope_index: RopeIndex | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.grammars = grammars
         self.context_tokens = context_tokens
         self._stop_ids = stop_ids
         self._defaults = generation_defaults

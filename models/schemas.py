@@ -80,6 +80,47 @@ class ImageRequest:
 
 
 @dataclass(frozen=True)
+class JsonGrammar:
+    """The answer is one JSON value valid against `schema` (JSON Schema as JSON text); None: any JSON object.
+
+    :param field: the user's name of it, for errors.
+    """
+
+    schema: str | None = None
+    field: str = "response_format"
+
+
+@dataclass(frozen=True)
+class ToolFunction:
+    """`parameters`: JSON Schema of the arguments, an object, as JSON text."""
+
+    name: str
+    parameters: str
+
+
+@dataclass(frozen=True)
+class ToolGrammar:
+    """The answer is one or several calls of these functions and nothing else, in Qwen's form (and Hermes'):
+
+        <tool_call>
+        {"name": "f", "arguments": {"x": 1}}
+        </tool_call>
+
+    with a line feed between two calls.
+
+    :param is_single: exactly one call.
+    :param field: the user's name of it, for errors.
+    """
+
+    functions: tuple[ToolFunction, ...]
+    is_single: bool = False
+    field: str = "tools"
+
+
+Grammar = JsonGrammar | ToolGrammar
+
+
+@dataclass(frozen=True)
 class Timing:
     """Durations in seconds, all measured with one monotonic clock.
 

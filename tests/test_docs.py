@@ -36,6 +36,7 @@ MARKDOWN = [
         "CHANGELOG.md",
         "docs/engine.md",
         "docs/demo-avision.md",
+        "docs/structured-output.md",
     )
 ]
 DOCUMENTS = [*MARKDOWN, ARCHITECTURE]
