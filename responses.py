@@ -20,6 +20,7 @@ STATUS_BY_CODE: Mapping[str, int] = {
     "tools_unsupported": 400,
     "unknown_field": 400,
     "invalid_image": 400,
+    "invalid_schema": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,

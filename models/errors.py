@@ -6,6 +6,7 @@ ServiceError                      code                   seen by the client as
 │   ├── PromptTooLong             prompt_too_long        400
 │   ├── ModelNotFound             model_not_found        404   a name that no model of ours has
 │   ├── ToolsUnsupported          tools_unsupported      400   the model's chat template has no tools
+│   ├── InvalidSchema             invalid_schema         400   a JSON Schema that answers cannot be held to
 │   └── InvalidImage              invalid_image          400   truncated, broken, mislabelled
 ├── ImageTooLarge                 image_too_large        413
 ├── UnsupportedImage              unsupported_image      415   no picture that we take
@@ -57,6 +58,10 @@ class ModelNotFound(InvalidRequest):
 
 class ToolsUnsupported(InvalidRequest):
     code = "tools_unsupported"
+
+
+class InvalidSchema(InvalidRequest):
+    code = "invalid_schema"
 
 
 class InvalidImage(InvalidRequest):

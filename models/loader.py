@@ -30,6 +30,7 @@ from models.engine.scheduler import Scheduler, SchedulerLimits
 from models.engine.sequence import SamplingOptions, Sequence
 from models.engine.vision import VisionTower
 from models.errors import EngineDead, LoadError
+from models.grammars import GrammarCompiler
 from models.prompts import PromptEncoder
 from models.snapshots import KNOWN_CLASSES, Snapshot, check_demo_files
 from models.tokenizer import TextTokenizer
@@ -201,6 +202,9 @@ def prepare_model(
             tower = VisionTower(model.model.visual, device, stack.dtype, engine.picture_cache_bytes)
         if is_cuda:
             torch.cuda.empty_cache()
+    with phase("grammars"):
+        stop_ids = _stop_ids(tokenizer, model)
+        grammars = GrammarCompiler(tokenizer, stack.shape.vocab_size, stop_ids, limits)
     weights_bytes = stack.num_bytes + (0 if tower is None else tower.weights_bytes)
     log.info(
         "%s: %s, %.2f billion parameters, %.2f GB of weights", name, kind, num_parameters / 1e9, weights_bytes / 1e9
@@ -223,7 +227,7 @@ def prepare_model(
         tower=tower,
         engine=engine,
         make_encoder=lambda capacity: _make_encoder(
-            tokenizer, model, processor, limits, min(context_tokens, capacity - 1)
+            tokenizer, model, processor, limits, min(context_tokens, capacity - 1), stop_ids, grammars
         ),
     )
 
@@ -293,18 +297,32 @@ def _longest_edge(processor: Any, limits: Limits) -> int:
     return min(int(own), limits.max_visual_px)
 
 
-def _make_encoder(tokenizer: Any, model: Any, processor: Any, limits: Limits, context_tokens: int) -> PromptEncoder:
+def _stop_ids(tokenizer: Any, model: Any) -> frozenset[int]:
+    """The ids that end an answer, by all three that name such."""
+    stop_ids: set[int] = set()
+    text_config = model.config.get_text_config()
+    for source in (model.generation_config.eos_token_id, text_config.eos_token_id, tokenizer.eos_token_id):
+        stop_ids.update(source if isinstance(source, list) else [source] if source is not None else [])
+    return frozenset(stop_ids)
+
+
+def _make_encoder(
+    tokenizer: Any,
+    model: Any,
+    processor: Any,
+    limits: Limits,
+    context_tokens: int,
+    stop_ids: frozenset[int],
+    grammars: GrammarCompiler,
+) -> PromptEncoder:
     generation = model.generation_config
     config = model.config
     text_config = config.get_text_config()
-    stop_ids: set[int] = set()
-    for source in (generation.eos_token_id, text_config.eos_token_id, tokenizer.eos_token_id):
-        stop_ids.update(source if isinstance(source, list) else [source] if source is not None else [])
     names = ("top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: getattr(generation, name, None) for name in names}
     return PromptEncoder(
         TextTokenizer(tokenizer),
-        stop_ids=frozenset(stop_ids),
+        stop_ids=stop_ids,
         generation_defaults={name: float(value) for name, value in given.items() if value is not None},
         context_tokens=context_tokens,
         vocab_size=text_config.vocab_size,
@@ -317,6 +335,7 @@ def _make_encoder(tokenizer: Any, model: Any, processor: Any, limits: Limits, co
         image_processor=processor,
         image_token_id=getattr(config, "image_token_id", None),
         rope_index=model.model.get_rope_index if processor is not None else None,
+        grammars=grammars,
     )
 
 

@@ -24,8 +24,10 @@ from models.schemas import (
     MODEL_NAMES,
     PICTURE,
     ChatOptions,
+    Grammar,
     ImageInput,
     ImageRequest,
+    JsonGrammar,
     Message,
     ModelName,
     PicturePlace,
@@ -35,6 +37,8 @@ from models.schemas import (
     SamplingParams,
     TextRequest,
     ToolCall,
+    ToolFunction,
+    ToolGrammar,
 )
 
 #: Known elsewhere and not supported here, with the one value that changes nothing and is taken.
@@ -280,17 +284,18 @@ class OpenAIParser:
     def parse_chat(self, body: bytes) -> OpenAIRequest:
         fields = _validate(self.chat_body, body)
         model = _model(fields)
-        sampling = self._sampling(fields, _chat_max_tokens(fields), _chat_logprobs(fields))
+        sampling = self._sampling(fields, _chat_max_tokens(fields), _chat_logprobs(fields), _grammar(fields))
         prompt = self._chat(fields, model, sampling)
-        has_tools = bool(fields["tools"]) and fields["tool_choice"] != "none"
-        return self._request(fields, (prompt,), has_tools)
+        choice = fields["tool_choice"]
+        has_tools = bool(fields["tools"]) and choice != "none"
+        return self._request(fields, (prompt,), has_tools, has_tools and choice != "auto")
 
     def parse_completion(self, body: bytes) -> OpenAIRequest:
         fields = _validate(self.completion_body, body)
         model = _model(fields)
         sampling = self._sampling(fields, fields["max_tokens"], fields["logprobs"])
         prompts = tuple(RawRequest(prompt, sampling, model) for prompt in self._raw_prompts(fields["prompt"]))
-        return self._request(fields, prompts, has_tools=False)
+        return self._request(fields, prompts)
 
     def parse_tokenize(self, body: bytes) -> TokenizeRequest:
         fields = _validate(self.tokenize_body, body)
@@ -306,7 +311,13 @@ class OpenAIParser:
         fields = _validate(self.detokenize_body, body)
         return DetokenizeRequest(_model(fields), tuple(fields["tokens"]))
 
-    def _request(self, fields: Mapping[str, Any], prompts: tuple[Request, ...], has_tools: bool) -> OpenAIRequest:
+    def _request(
+        self,
+        fields: Mapping[str, Any],
+        prompts: tuple[Request, ...],
+        has_tools: bool = False,
+        has_certain_calls: bool = False,
+    ) -> OpenAIRequest:
         num_answers = len(prompts) * fields["n"]
         if num_answers > self.limits.max_choices:
             raise InvalidRequest(
@@ -318,10 +329,25 @@ class OpenAIParser:
             raise InvalidRequest("stream_options: only with stream true", field="stream_options")
         options: _StreamOptions | None = fields["stream_options"]
         return OpenAIRequest(
-            prompts, fields["n"], fields["stream"], options is not None and options.include_usage, has_tools
+            prompts,
+            fields["n"],
+            is_streamed=fields["stream"],
+            includes_usage=options is not None and options.include_usage,
+            has_tools=has_tools,
+            has_certain_calls=has_certain_calls,
         )
 
-    def _sampling(self, fields: Mapping[str, Any], max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
+    def _sampling(
+        self,
+        fields: Mapping[str, Any],
+        max_tokens: int | None,
+        num_logprobs: int | None,
+        grammar: Grammar | None = None,
+    ) -> SamplingParams:
+        if grammar is not None:
+            for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
+                if fields[name]:  # each would end the answer where it is not valid, or keep it from its end
+                    raise InvalidRequest(f"{name}: cannot go with {grammar.field}", field=name)
         if not fields["skip_special_tokens"] and fields["stop"]:
             # Stop strings are looked for in the text without them; where that text would be cut is not clear.
             raise InvalidRequest("skip_special_tokens: false cannot go with stop", field="skip_special_tokens")
@@ -342,6 +368,7 @@ class OpenAIParser:
             logit_bias=self._logit_bias(fields["logit_bias"]),
             num_logprobs=num_logprobs,
             skip_special_tokens=fields["skip_special_tokens"],
+            grammar=grammar,
         )
 
     def _logit_bias(self, given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
@@ -520,6 +547,39 @@ def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
             raise InvalidRequest("top_logprobs: only with logprobs true", field="top_logprobs")
         return None
     return int(fields["top_logprobs"] or 0)
+
+
+def _grammar(fields: Mapping[str, Any]) -> Grammar | None:
+    """What `response_format`, or `tool_choice` and `strict`, hold the answer to."""
+    form, choice, tools = fields["response_format"], fields["tool_choice"], fields["tools"]
+    calls = None if choice == "none" else _tool_grammar(choice, tools, fields["parallel_tool_calls"])
+    if form is None or isinstance(form, _TextFormat):
+        return calls
+    if tools and choice != "none":
+        raise InvalidRequest(
+            "response_format: cannot go with tools, unless tool_choice is none", field="response_format"
+        )
+    if isinstance(form, _ObjectFormat):
+        return JsonGrammar()
+    # Enforced with `strict` and without: nobody is served by an answer that does not fit the schema.
+    return JsonGrammar(json.dumps(form.json_schema.schema_, ensure_ascii=False))
+
+
+def _tool_grammar(choice: str | _NamedTool, tools: list[_Tool], may_be_several: bool) -> ToolGrammar | None:
+    is_forced = choice != "auto"
+    if not may_be_several and not is_forced:
+        raise InvalidRequest(
+            "parallel_tool_calls: false needs a tool_choice that forces a call", field="parallel_tool_calls"
+        )
+    if not is_forced and not any(tool.function.strict for tool in tools):
+        return None
+    named = choice.function.name if isinstance(choice, _NamedTool) else None
+    functions = tuple(
+        ToolFunction(tool.function.name, json.dumps(tool.function.parameters, ensure_ascii=False))
+        for tool in tools
+        if named in (None, tool.function.name)
+    )
+    return ToolGrammar(functions, is_single=named is not None or not may_be_several, is_optional=not is_forced)
 
 
 def _model(fields: Mapping[str, Any]) -> ModelName:

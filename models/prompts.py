@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from config import Limits
-from models.engine.sequence import PictureSpan, SamplingOptions
+from models.engine.sequence import PictureSpan, SamplingOptions, TokenConstraint
 from models.engine.vision import VisionInputs
 from models.errors import InternalError, InvalidRequest, PromptTooLong
+from models.grammars import GrammarCompiler
 from models.images import decode
 from models.schemas import ImageRequest, RawRequest, Request, SamplingParams
 from models.tokenizer import TextTokenizer
@@ -56,6 +57,7 @@ class PromptEncoder:
     :param image_token_id: the placeholder of pictures.
     :param rope_index: rotary positions of a prompt with pictures, called with CPU tensors from any thread: the
         library's own `get_rope_index`, which reads only the model's configuration.
+    :param grammars: compiles what structured answers must be; None: this model gives none.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class PromptEncoder:
         image_processor: Any = None,
         image_token_id: int | None = None,
         rope_index: RopeIndex | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.grammars = grammars
         self.context_tokens = context_tokens
         self._stop_ids = stop_ids
         self._vocab_size = vocab_size
@@ -156,6 +160,18 @@ class PromptEncoder:
             logit_bias=params.logit_bias,
             num_logprobs=params.num_logprobs,
         )
+
+    def constraint(self, params: SamplingParams, check: Callable[[], None]) -> TokenConstraint | None:
+        """What holds the answer to its grammar, if it has one.
+
+        :param check: called while waiting for a compilation; raises if the request has ended.
+        :raise InvalidSchema, QueueFull: see `GrammarCompiler.compile`.
+        """
+        if params.grammar is None:
+            return None
+        if self.grammars is None:
+            raise InternalError("this model was loaded without grammars")
+        return self.grammars.compile(params.grammar, check).start()
 
     def _encode_pictures(self, request: ImageRequest, check: Callable[[], None]) -> EncodedPrompt:
         ids = self.encode_text(request)

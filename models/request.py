@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 from models.engine.loop import EngineLoop
-from models.engine.sequence import EndReason, PictureSpan, SamplingOptions, Sequence, TokenLogprobs
+from models.engine.sequence import EndReason, PictureSpan, SamplingOptions, Sequence, TokenConstraint, TokenLogprobs
 from models.errors import DeadlineExceeded, InternalError, NumericError, RequestCancelled, ServiceError
 from models.metrics import ModelMetrics
 from models.schemas import Completion, Request, SamplingParams, Timing, TokenLogprob
@@ -30,6 +30,7 @@ class Encoder(Protocol):
     def encode_text(self, request: Request) -> list[int]: ...
     def check_id(self, token_id: int, field: str, place: str) -> None: ...
     def sampling_options(self, params: SamplingParams, num_prompt: int) -> SamplingOptions: ...
+    def constraint(self, params: SamplingParams, check: Callable[[], None]) -> TokenConstraint | None: ...
     @property
     def context_tokens(self) -> int: ...
     @property
@@ -140,6 +141,7 @@ class OpenRequest:
             vision=prompt.vision,
             pictures=prompt.pictures,
             prefix_ids=prompt.prefix_ids,
+            constraint=encoder.constraint(request.sampling, check),
         )
         around.loop.add(self.model, self._sequence)
         around.metrics.prompt_tokens.labels(self.model).inc(len(prompt.ids))

@@ -20,6 +20,49 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class JsonGrammar:
+    """The answer is one JSON value valid against `schema` (JSON Schema as JSON text); None: any JSON object.
+
+    :param field: the user's name of it, for errors.
+    """
+
+    schema: str | None = None
+    field: str = "response_format"
+
+
+@dataclass(frozen=True)
+class ToolFunction:
+    """`parameters`: JSON Schema of the arguments, an object, as JSON text."""
+
+    name: str
+    parameters: str
+
+
+@dataclass(frozen=True)
+class ToolGrammar:
+    """The answer is one or several calls of these functions and nothing else, in Qwen's form (and Hermes'):
+
+        <tool_call>
+        {"name": "f", "arguments": {"x": 1}}
+        </tool_call>
+
+    with a line feed between two calls.
+
+    :param is_single: exactly one call.
+    :param is_optional: any text may come before the first call, or no call at all.
+    :param field: the user's name of it, for errors.
+    """
+
+    functions: tuple[ToolFunction, ...]
+    is_single: bool = False
+    is_optional: bool = False
+    field: str = "tools"
+
+
+Grammar = JsonGrammar | ToolGrammar
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. None: the snapshot's `generation_config.json` decides, and if it is silent, nothing.
 
@@ -28,6 +71,7 @@ class SamplingParams:
     :param logit_bias: (token id, what is added to its logit).
     :param num_logprobs: None for none, else the log-probability of each token and of so many likeliest ones.
     :param skip_special_tokens: leave special tokens out of the answer's text.
+    :param grammar: what the answer is held to.
     """
 
     max_tokens: int | None
@@ -46,6 +90,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
 
 Role = Literal["system", "user", "assistant", "tool"]

@@ -16,7 +16,7 @@ from config import EngineOptions, Limits
 from models.engine.loop import StepOutput
 from models.engine.memory import ModelNeeds, ModelShare
 from models.engine.scheduler import Row, Step
-from models.engine.sequence import PictureSpan, SamplingOptions, Sequence, TokenLogprobs
+from models.engine.sequence import PictureSpan, SamplingOptions, Sequence, TokenConstraint, TokenLogprobs
 from models.errors import InvalidRequest, PromptTooLong
 from models.schemas import ModelName, RawRequest, Request, SamplingParams
 from models.service import Phase
@@ -70,6 +70,9 @@ class FakeEncoder:
     def check_id(self, token_id: int, field: str, place: str) -> None:
         if not 0 <= token_id < END_ID:
             raise InvalidRequest(f"{place}: a token id must be less than {END_ID}, got {token_id}", field=field)
+
+    def constraint(self, params: SamplingParams, check: Callable[[], None]) -> TokenConstraint | None:
+        return None
 
     def sampling_options(self, params: SamplingParams, num_prompt: int) -> SamplingOptions:
         return SamplingOptions(

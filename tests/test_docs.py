@@ -37,6 +37,7 @@ MARKDOWN = [
         "docs/engine.md",
         "docs/demo-avision.md",
         "docs/openai.md",
+        "docs/structured-output.md",
     )
 ]
 DOCUMENTS = [*MARKDOWN, ARCHITECTURE]

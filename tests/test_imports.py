@@ -13,7 +13,7 @@ from config import PROJECT_ROOT
 
 MODULES = sorted([*PROJECT_ROOT.glob("*.py"), *PROJECT_ROOT.glob("models/**/*.py")])
 OURS = {".".join(file.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuffix(".__init__") for file in MODULES}
-# Who may import torch and transformers, Pillow, Flask.
+# Who may import torch and transformers, Pillow, llguidance.
 TORCH = {
     "models.prompts",
     "models.tokenizer",
@@ -21,6 +21,7 @@ TORCH = {
     *(f"models.engine.{name}" for name in ("attention", "graphs", "layers", "runner", "sampling", "vision")),
 }
 PILLOW = {"models.images"}
+LLGUIDANCE = {"models.grammars"}
 # Top-level modules from the bottom to the top: each imports only from those before it and from `models`.
 LAYERS = [
     ["config", "translations"],
@@ -74,6 +75,7 @@ def test_libraries_stay_where_they_belong(file: Path) -> None:
     name, found = name_of(file), tops(file)
     assert name in TORCH or not found & {"torch", "transformers", "tokenizers"}
     assert name in PILLOW or "PIL" not in found
+    assert name in LLGUIDANCE or "llguidance" not in found
     if name.startswith("models"):
         assert not found & {"flask", "werkzeug", "gunicorn"}
     assert name == "config" or "os.environ" not in file.read_text()

@@ -28,7 +28,7 @@ SPECIAL = (
 ADDED = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(added: tuple[str, ...] = ADDED) -> Any:
     """A byte-level BPE trained on a little Russian and English, with Qwen's control tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ def make_tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus * 20, trainer)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
     )
