@@ -90,14 +90,15 @@ class Limits:
     max_picture_bytes: int = 2 * 1024**3
     # Decoding holds the GIL-free peak of memory: so many pictures are decoded at a time.
     max_concurrent_decodes: int = 2
-    # JSON Schemas of structured answers. Within these, none that we tried costs the compiler more than a second or
-    # its stack; more expressions to intersect do, see tests/test_grammars.py. Depth counts through references.
+    # JSON Schemas of structured answers. Within these, none that we tried costs the library more than a second, a
+    # hundred megabytes or its stack, see tests/hostile_schemas.py. Depth counts through references.
     max_schema_chars: int = 65_536
     max_schema_depth: int = 48
     max_schema_nodes: int = 2000
     # Of one pattern, constant or name of a property.
     max_schema_string_chars: int = 1000
     max_schema_merged_patterns: int = 4
+    max_schema_multiples: int = 10_000
     max_tool_calls: int = 16
     # How long a request waits until its schema is compiled; who compiles cannot be interrupted, so few do at a time.
     schema_timeout_s: float = 5.0
@@ -106,8 +107,8 @@ class Limits:
     # Compiled grammars that are kept, per model, and the length of their sources together.
     max_cached_grammars: int = 64
     max_cached_grammar_chars: int = 2 * 1024**2
-    # States of the automaton that a grammar's answers build as they go, about 2 kB each.
-    max_grammar_states: int = 20_000
+    # States of the automaton that a grammar's answers build as they go: about 20 for each token of a long string.
+    max_grammar_states: int = 250_000
     # How long a sequence waits until it is known which tokens may follow, and how many may find out at a time.
     mask_timeout_s: float = 5.0
     max_concurrent_masks: int = 4

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from config import Limits
 from models.engine.sequence import TokenConstraint
 from models.errors import InternalError, InvalidSchema, LoadError, QueueFull, ServiceError
-from models.json_schema import simplify
+from models.json_schema import Spent, simplify
 from models.schemas import Grammar, JsonGrammar, ToolGrammar
 
 log = logging.getLogger("avito.grammars")
@@ -161,11 +161,12 @@ class GrammarCompiler:
             raise InvalidSchema(message, field=field)
         opening, closing = self._tags
         more = "" if grammar.is_single else f' ("\\n" call){{0,{self.limits.max_tool_calls - 1}}}'
+        spent = Spent()
         names = [f"f{index}" for index in range(len(grammar.functions))]
         lines = [f"start: call{more}", f'call: {opening} "\\n" ({" | ".join(names)}) "\\n" {closing}']
         for name, function in zip(names, grammar.functions, strict=True):
             begin = f'{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": '
-            schema = simplify(function.parameters, self.limits, field=field, is_object=True)
+            schema = simplify(function.parameters, self.limits, field=field, is_object=True, spent=spent)
             lines.append(f'{name}: {json.dumps(begin, ensure_ascii=False)} {name}_arguments "}}"')
             lines.append(f"{name}_arguments: {_json_rule(schema)}")
         return "\n".join(lines)
@@ -372,7 +373,7 @@ class _Job:
 def _matcher_factory(
     tokenizer: Any, vocab_size: int, stop_ids: frozenset[int], limits: Limits
 ) -> Callable[[str], Matcher]:
-    """Takes about 5 microseconds and 0.5 kB per word of the vocabulary."""
+    """Takes about 0.4 s for 50 thousand words, 0.65 s and 100 MB for 150 thousand."""
     backend = tokenizer.backend_tokenizer
     num_words = max(vocab_size, backend.get_vocab_size(with_added_tokens=True))
     stops = sorted(token_id for token_id in stop_ids if token_id < vocab_size)

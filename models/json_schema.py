@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
@@ -84,15 +85,28 @@ class _Place:
         return replace(self, is_merged=self.is_merged or is_merged, is_open=self.is_open or is_open or is_merged)
 
 
-def simplify(text: str, limits: Limits, *, field: str, is_object: bool = False) -> dict[str, Any]:
+@dataclass
+class Spent:
+    """What the schemas of one request have in them that is bounded, those that oneOf refers to counted each time."""
+
+    num_schemas: int = 0
+    num_merged_patterns: int = 0
+    num_merged_multiples: int = 0
+    sum_of_multiples: int = 0
+
+
+def simplify(
+    text: str, limits: Limits, *, field: str, is_object: bool = False, spent: Spent | None = None
+) -> dict[str, Any]:
     """The schema as the library is to get it.
 
     :param field: the user's name of it, for errors.
     :param is_object: only objects are wanted, whatever the schema allows besides.
+    :param spent: one for all schemas of a request.
     :raise InvalidSchema: it is malformed, too large, impossible, or has a keyword that cannot be enforced.
     """
     try:
-        return _Simplifier(_parse(text, limits), limits).run(is_object)
+        return _Simplifier(_parse(text, limits), limits, spent or Spent()).run(is_object)
     except Refusal as refusal:
         raise InvalidSchema(f"{field}: {refusal}", field=field) from None
 
@@ -130,14 +144,13 @@ def _shown(name: str) -> str:
 class _Simplifier:
     """Follows references as the library does, each at its first sight: so `max_schema_depth` bounds its stack too."""
 
-    def __init__(self, root: Any, limits: Limits) -> None:
+    def __init__(self, root: Any, limits: Limits, spent: Spent) -> None:
         self._root = root
         self._limits = limits
         self._definitions: dict[str, Schema] = {}
         self._names: dict[tuple[str, bool, bool], str] = {}
         self._inlined: list[str] = []
-        self._num_schemas = 0
-        self._num_merged_patterns = 0
+        self._spent = spent
 
     def run(self, is_object: bool) -> dict[str, Any]:
         root = self._root
@@ -150,10 +163,10 @@ class _Simplifier:
         return {**schema, "$defs": self._definitions} if self._definitions else schema
 
     def _visit(self, node: Any, place: _Place, *, is_root: bool = False) -> Schema:
-        self._num_schemas += 1
+        self._spent.num_schemas += 1
         if place.depth > self._limits.max_schema_depth:
             raise _too_deep(self._limits)
-        if self._num_schemas > self._limits.max_schema_nodes:
+        if self._spent.num_schemas > self._limits.max_schema_nodes:
             raise Refusal(
                 f"a schema must have at most {self._limits.max_schema_nodes} schemas in it, with those that oneOf "
                 "refers to counted each time"
@@ -170,6 +183,7 @@ class _Simplifier:
         inner = place.below(is_merged=num_parts > 1)
         self._visit_array(node, own, inner)
         self._visit_object(node, own, place, inner)
+        self._check_multiple(own, inner)
         self._check_patterns(own, inner)
         return own | {name: self._visit_applicator(name, node[name], inner) for name in applicators}
 
@@ -196,8 +210,6 @@ class _Simplifier:
         for name in _NUMBERS:
             if name in node:
                 own[name] = _read_number(name, node[name])
-        if own.get("multipleOf", 1) <= 0:
-            raise Refusal("multipleOf must be above 0")
         if own.get("type") != "integer":
             _move_bounds(own)
         for name in _SIZES:
@@ -226,12 +238,29 @@ class _Simplifier:
         else:
             own["format"] = value
 
+    def _check_multiple(self, own: dict[str, Any], inner: _Place) -> None:
+        """The library makes a state of each remainder, and of each combination of those that it intersects."""
+        if "multipleOf" not in own:
+            return
+        if own["multipleOf"] <= 0:
+            raise Refusal("multipleOf must be above 0")
+        _, digits, _ = Decimal(str(own["multipleOf"])).as_tuple()
+        self._spent.sum_of_multiples += int("".join(map(str, digits)))
+        if self._spent.sum_of_multiples > self._limits.max_schema_multiples:
+            raise Refusal(
+                f"multipleOf: all of them together, without their decimal points, must be at most "
+                f"{self._limits.max_schema_multiples}, got {self._spent.sum_of_multiples}"
+            )
+        self._spent.num_merged_multiples += inner.is_merged
+        if self._spent.num_merged_multiples > 1:
+            raise Refusal("only one multipleOf may stand in allOf, or beside $ref, anyOf or oneOf")
+
     def _check_patterns(self, own: dict[str, Any], inner: _Place) -> None:
         """The time to intersect expressions grows without bound in their number."""
         if inner.is_merged:
-            self._num_merged_patterns += ("pattern" in own) + ("format" in own)
+            self._spent.num_merged_patterns += ("pattern" in own) + ("format" in own)
             most = self._limits.max_schema_merged_patterns
-            if self._num_merged_patterns > most:
+            if self._spent.num_merged_patterns > most:
                 raise Refusal(f"at most {most} pattern and format may stand in allOf, or beside $ref, anyOf or oneOf")
 
     def _visit_array(self, node: dict[str, Any], own: dict[str, Any], inner: _Place) -> None:

@@ -81,6 +81,10 @@ SCHEMAS: dict[str, Any] = {
     "long constant": {"const": "a" * 60_000},
     "many multiples": {"allOf": [{"type": "integer", "multipleOf": p} for p in (10007, 10009, 10037, 10039, 10061)]},
     "huge multiple": {"type": "integer", "multipleOf": 2**52 - 1},
+    "multiple of gigabytes": {"type": "integer", "multipleOf": 9_999_991},
+    "largest multiple": {"type": "number", "multipleOf": 99.73},
+    "many multiples to choose from": {"anyOf": [{"type": "integer", "multipleOf": 9000 + i} for i in range(900)]},
+    "many small multiples": {"type": "array", "items": {"anyOf": [{"multipleOf": i + 1} for i in range(140)]}},
     "ambiguous lists": {"type": "array", "items": {"anyOf": [{"type": "array", "items": {"type": "array"}}] * 400}},
     "recursive with many ways": {
         "$ref": "#/$defs/a",
