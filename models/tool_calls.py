@@ -95,10 +95,12 @@ class ToolCallParser:
             self.num_calls += 1
             self._held, self._state = after.lstrip(), "arguments"
             return True
-        inside, found, after = self._held.partition(CLOSING)
-        if not found:
+        # Arguments may hold the tag as text: what ends the call comes after its object.
+        begin = _ObjectScanner().find_end(self._held) if self._held.lstrip().startswith("{") else 0
+        end = -1 if begin is None else self._held.find(CLOSING, begin)
+        if end < 0:
             return False
-        self._held, self._state = after, "text"
+        inside, self._held, self._state = self._held[:end], self._held[end + len(CLOSING) :], "text"
         call = _read_call(inside)
         if call is None:
             pieces.append(self._gap + OPENING + inside + CLOSING)

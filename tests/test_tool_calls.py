@@ -34,7 +34,7 @@ def parse(*parts: str, is_certain: bool = False) -> tuple[str, list[tuple[str, A
     return text, [(name, json.loads(arguments)) for name, arguments in calls]
 
 
-ARGUMENTS = {"query": 'a "red" } bicycle {', "pages": [1, {"x": None}], "ё": "\\"}
+ARGUMENTS = {"query": 'a "red" } bicycle { </tool_call>', "pages": [1, {"x": None}], "ё": "\\"}
 
 
 def test_text_and_calls_are_told_apart() -> None:
@@ -58,7 +58,7 @@ def test_what_only_looks_like_a_call_stays_text(inside: str) -> None:
 
 
 def test_call_that_the_limit_of_tokens_cut_off_stays_text() -> None:
-    half = written("search", ARGUMENTS)[:-20]
+    half = written("search", ARGUMENTS)[:-5]
     assert parse(f"a {half}") == (f"a {half}", [])
 
 
