@@ -30,6 +30,8 @@ _OWN_VARIABLES = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception")
 )
 _NO_OPTIONS = ChatOptions()
+# No usual control token is made of these alone.
+_PLAIN = re.compile(r"[A-Za-z0-9_.\- ]*")
 TOOL_CALL_OPENING, TOOL_CALL_CLOSING = "<tool_call>", "</tool_call>"
 
 
@@ -51,7 +53,8 @@ class TextTokenizer:
         self._template.no_truncation()
         self._template.no_padding()
         self._content, self._added_ids = _without_added_vocabulary(self._template)
-        self._added_tokens = tuple(str(self._template.id_to_token(token_id)) for token_id in self._added_ids)
+        added = (str(self._template.id_to_token(token_id)) for token_id in self._added_ids)
+        self._plain_added_tokens = tuple(token for token in added if _PLAIN.fullmatch(token))
         #: What the chat template may be told beside the chat.
         self.template_variables = frozenset(_get_template_variables(tokenizer.chat_template)) - _OWN_VARIABLES
         #: Whether the chat template has a place for tools, and the model calls them as Qwen and Hermes do.
@@ -85,7 +88,7 @@ class TextTokenizer:
             raise ToolsUnsupported(
                 "tools: this model's chat template has none", field="tools" if chat.tools else "messages"
             )
-        marks = _Marks(self._added_tokens)
+        marks = _Marks(self._plain_added_tokens)
         has_places = any(not isinstance(message.content, str) for message in messages)
         turns = []
         for index, message in enumerate(messages):
@@ -188,8 +191,8 @@ class _Marks:
 
     PATTERN = re.compile(r'usertext([0-9a-f]{32})end(\\?")?')
 
-    def __init__(self, added_tokens: Sequence[str]) -> None:
-        self._added_tokens = added_tokens
+    def __init__(self, plain_added_tokens: Sequence[str]) -> None:
+        self._plain_added_tokens = plain_added_tokens
         self._texts: dict[str, str] = {}
         self._is_quoted: set[str] = set()
         self._required: dict[str, str] = {}
@@ -212,8 +215,7 @@ class _Marks:
         return value
 
     def _quoted(self, text: str) -> str:
-        is_plain = re.fullmatch(r"[A-Za-z0-9_.\- ]*", text)
-        if is_plain and not any(token in text for token in self._added_tokens):
+        if _PLAIN.fullmatch(text) and not any(token in text for token in self._plain_added_tokens):
             return text  # harmless; templates look for words such as "function" or "parameters"
         key = secrets.token_hex(16)
         self._texts[key] = text
@@ -249,7 +251,7 @@ def _turn(message: Message, num_images_before: int, marks: _Marks, field: str) -
     turn: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         turn["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": marks.hide(call.arguments)}}
+            {"type": "function", "function": {"name": marks.hide(call.name), "arguments": marks.hide(call.arguments)}}
             for call in message.tool_calls
         ]
     return turn

@@ -375,3 +375,17 @@ def test_special_tokens_show_only_if_asked_for(scripted: Callable[[str], FlaskCl
     body = {"model": "avibe", "prompt": "x", "skip_special_tokens": False, "stop_token_ids": ids_of("<|vision_start|>")}
     answer = post_json(client, TEXT, body).get_json()["choices"][0]
     assert (answer["text"], answer["finish_reason"]) == ("a", "stop")
+
+
+def test_control_token_of_plain_letters_is_no_control_token_in_a_tool_either() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = make_tools_tokenizer()
+    tokenizer.add_tokens([AddedToken("FUNCTIONCALL", special=False, normalized=False)])
+    word = tokenizer.convert_tokens_to_ids("FUNCTIONCALL")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"title": "a FUNCTIONCALL b"}}}
+    call = ToolCall("FUNCTIONCALL", {"FUNCTIONCALL": 1})
+    messages = (Message("user", "a"), Message("assistant", "", (call,)))
+    ids = TextTokenizer(tokenizer).encode_chat(messages, chat=ChatOptions(tools=(tool,)))
+    assert '{"name": "FUNCTIONCALL", "arguments": {"FUNCTIONCALL": 1}}' in tokenizer.decode(ids)
+    assert word not in ids and "a FUNCTIONCALL b" in tokenizer.decode(ids)

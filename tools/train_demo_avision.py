@@ -81,7 +81,8 @@ def train(arguments: argparse.Namespace) -> None:
     trainer = Trainer(Learner(make_model(tokenizer, SEED)), tokenizer, arguments.work)
     print(f"Going on from step {trainer.num_steps}" if trainer.load() else "Starting anew", flush=True)
     stage = STAGES[arguments.stage]
-    mix = Mix(stage=stage, pair_share=arguments.pair_share)
+    odd = arguments.odd_share
+    mix = Mix(stage=stage, pair_share=arguments.pair_share, odd_paint_share=odd, odd_shape_share=odd)
     plan = Plan(mix, minutes=arguments.minutes, batch_rows=arguments.batch_rows, final_share=arguments.final_share)
     exams = {
         "seen": Exam(tokenizer, mix, num_rows=4 * plan.batch_rows, batch_rows=plan.batch_rows, seed="exam"),
@@ -175,6 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     training.add_argument("--batch-rows", type=int, default=Plan.batch_rows, help="pictures with their questions")
     training.add_argument("--final-share", type=float, default=Plan.final_share, help="of the rates at the end; 1: all")
     training.add_argument("--pair-share", type=float, default=Mix.pair_share, help="of rows with two pictures")
+    training.add_argument(
+        "--odd-share", type=float, default=Mix.odd_paint_share, help="of rows in odd colours, and of rows of odd shapes"
+    )
     training.add_argument("--exam-every", type=int, default=6, help="in reports of 50 steps; default: 6")
     training.set_defaults(run=train)
     writing = commands.add_parser("write", help="the checkpoint as a snapshot that the service loads")

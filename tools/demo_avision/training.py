@@ -188,7 +188,7 @@ class Plan:
     other_rate: float = 1e-3
     warmup_steps: int = 100
     patch_weight: float = 1.0
-    noise_share: float = 0.1
+    noise_share: float = 0.15
     final_share: float = 0.03
     num_drawers: int = 1
 
