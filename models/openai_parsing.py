@@ -3,7 +3,7 @@
 As `models/parsing.py`, whose rules for common fields are used here: what comes out is frozen and valid. `null` counts
 as absent, which is how OpenAI's clients send what is not set; but not inside of schemas, which are the user's own data.
 What is neither listed here nor neutral is refused by name: nothing is accepted and then ignored, but for `user`,
-`metadata` and `store`.
+`metadata`, `store`, and what clients add to an answer before they send it back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -121,6 +121,20 @@ class _Strict(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+class _SentBack(_Strict):
+    """A part of an earlier answer, as the client holds it.
+
+    `made_by_client`: what OpenAI's own clients add to it and send back. It says nothing that the other fields do not.
+    """
+
+    made_by_client: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_made(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if k not in cls.made_by_client} if isinstance(data, dict) else data
+
+
 class _TextPart(_Strict):
     type: Literal["text"]
     text: str
@@ -156,18 +170,24 @@ class _UserMessage(_Strict):
     content: Annotated[list[_Part], BeforeValidator(_as_parts)]
 
 
-class _CalledFunction(_Strict):
+class _CalledFunction(_SentBack):
+    made_by_client = frozenset(("parsed_arguments",))
+
     name: Annotated[str, Field(pattern=_TOOL_NAME)]
     arguments: str
 
 
-class _Call(_Strict):
+class _Call(_SentBack):
+    made_by_client = frozenset(("index",))
+
     id: str = ""
     type: Literal["function"] = "function"
     function: _CalledFunction
 
 
-class _AssistantMessage(_Strict):
+class _AssistantMessage(_SentBack):
+    made_by_client = frozenset(("parsed",))
+
     role: Literal["assistant"]
     content: _Text = Field(default_factory=list)
     tool_calls: list[_Call] = Field(default_factory=list)

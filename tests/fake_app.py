@@ -1,6 +1,7 @@
-"""The application over a fake model, for the real server: `gunicorn -c gunicorn_config.py "tests.fake_app:create()"`.
+"""The application over fake models, for the real server: `gunicorn -c gunicorn_config.py "tests.fake_app:create()"`.
 
-The runner echoes the prompt, one token a step. A prompt that begins with `hang` stops the engine for good.
+The runners echo the prompt, one token a step. A prompt that begins with `hang` stops the engine for good, one that
+begins with `fail` fails after two tokens. Only Avibe is there unless `AVISION_MODEL_PATH` is set.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from flask import Flask
 from app_production import create_app
 from config import load_settings
 from models.engine.sequence import Sequence
+from models.errors import NumericError
+from models.schemas import ModelName
 from models.service import ModelService
 from tests.fakes import EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
 from tests.test_snapshots import make_snapshot
@@ -41,10 +44,13 @@ def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None 
     def before_step(batch: Sequences[Sequence]) -> None:
         if bytes(batch[0].prompt_ids[:4]) == b"hang":
             threading.Event().wait()
+        if any(bytes(each.prompt_ids[:4]) == b"fail" and len(each.output_ids) == 2 for each in batch):
+            raise NumericError("the model gave NaN")
         time.sleep(step_s)
 
     settings = load_settings()
-    models = {"avibe": FakeLoaded(LongRunner(before_step if step_s else None))}
+    names: list[ModelName] = ["avibe", *(["avision"] if settings.avision_model_path else [])]  # type: ignore[list-item]
+    models = {name: FakeLoaded(LongRunner(before_step if step_s else None)) for name in names}
     load = FakeLoad(models)
     if load_s:
         load.gate.clear()
@@ -54,6 +60,6 @@ def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None 
     limits = settings.limits
     if keep_alive_s is not None:
         limits = replace(limits, keep_alive_interval_s=keep_alive_s, client_check_interval_s=keep_alive_s)
-    service = ModelService({"avibe": fake_snapshot("avibe")}, limits, load=load)
+    service = ModelService({name: fake_snapshot(name) for name in names}, limits, load=load)
     service.start()
     return create_app(settings, service)

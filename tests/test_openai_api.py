@@ -338,6 +338,22 @@ def test_wrong_messages_are_told_by_their_place(client: FlaskClient, messages: A
     assert_error(post_json(client, CHAT, {"model": "avibe", "messages": messages}), "invalid_request", param)
 
 
+def test_message_of_an_answer_is_taken_back_with_what_clients_made_of_it(client: FlaskClient) -> None:
+    """As the Python client sends what `parse` and the stream helper gave; elsewhere the same names are refused."""
+    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}
+    calls = [{"id": "call_1", "type": "function", "function": function, "index": 0}]
+    unset = dict.fromkeys(("content", "refusal", "annotations", "audio", "function_call"))
+    for message in (
+        {"tool_calls": calls, "parsed": None},
+        {"content": '{"a": 1}', "tool_calls": [], "parsed": {"a": 1}},
+    ):
+        messages = [{"role": "assistant", **unset, **message}, *user("b")]
+        assert post_json(client, CHAT, {"model": "avibe", "messages": messages}).status_code == 200
+    messages = [{"role": "user", "content": "a", "parsed": {}}]
+    refused = post_json(client, CHAT, {"model": "avibe", "messages": messages})
+    assert_error(refused, "unknown_field", "messages[0].parsed")
+
+
 def test_unknown_fields_are_told_wherever_they_are(client: FlaskClient) -> None:
     for body, param in (
         ({"x": 1}, "x"),

@@ -401,7 +401,7 @@ def test_body_that_ends_early_is_told_and_counted(start: Any) -> None:
         status, _, body = read_answer(client)
     assert status == 400
     assert "body: ended before its" in json.loads(body)["error"]["message"]
-    assert server.application()["rejected_requests"] == 1
+    server.wait(lambda: server.application()["rejected_requests"] == 1, "an outcome")
 
 
 def test_clients_that_never_read_their_answer_do_not_hold_threads(start: Any) -> None:
