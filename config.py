@@ -13,7 +13,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -455,6 +455,34 @@ def set_torch_environment(settings: Settings) -> None:
     # else runs: with one of two cores busy the embedded model made a third of the tokens. Asleep they cost a few
     # percent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """Who started us and wants to be told how we stand: systemd, with a unit of `Type=notify`.
+
+    :param address: of its datagram socket; a leading @ stands for the abstract namespace.
+    :param watchdog_s: it restarts us after so long without a sign of progress; None: it does not.
+    """
+
+    address: str
+    watchdog_s: float | None
+
+
+def take_supervisor(environ: MutableMapping[str, str] | None = None, pid: int | None = None) -> Supervisor | None:
+    """Read systemd's variables and take them out of the environment, so that nothing else speaks in our name.
+
+    :param pid: for whom WATCHDOG_PID must be; default: this process.
+    """
+    environ = os.environ if environ is None else environ
+    address = environ.pop("NOTIFY_SOCKET", "")
+    watchdog_usec = environ.pop("WATCHDOG_USEC", "")
+    watchdog_pid = environ.pop("WATCHDOG_PID", "")
+    if not address.startswith(("/", "@")):
+        return None
+    is_ours = watchdog_pid in ("", str(os.getpid() if pid is None else pid))
+    has_watchdog = is_ours and re.fullmatch(r"0*[1-9]\d*", watchdog_usec)
+    return Supervisor(address, int(watchdog_usec) / 1_000_000 if has_watchdog else None)
 
 
 def _mask_password(value: str) -> str:

@@ -35,7 +35,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 import logs
 from bodies import READ_MARK, RECEIVED_AT
-from config import Settings
+from config import Settings, Supervisor
 
 log = logging.getLogger("avito.connections")
 
@@ -108,9 +108,10 @@ class Connection(TConn):  # type: ignore[misc]
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """`settings` is set by gunicorn_config.py before the worker is made."""
+    """`settings` and `supervisor` are set by gunicorn_config.py before the worker is made."""
 
     settings: Settings
+    supervisor: Supervisor | None = None
 
     def init_process(self) -> None:
         self.reaper = Reaper()

@@ -11,9 +11,10 @@ from typing import Any
 import connections
 import keys
 import logs
-from config import ConfigError, load_settings
+from config import ConfigError, load_settings, take_supervisor
 from models.errors import SnapshotError
 from models.snapshots import find_snapshots
+from notify import Notifier, tell_stops
 from watchdog import Watchdog
 
 try:
@@ -50,11 +51,29 @@ control_socket_disable = True
 forwarded_allow_ips = ""
 
 
+def on_starting(server: Any) -> None:
+    """Before the master tells systemd that it is ready: it is, but the models are not."""
+    # Kept there because a reload runs this file again.
+    connections.Worker.supervisor = take_supervisor()
+
+
+def when_ready(server: Any) -> None:
+    """The master has its port and its signal handlers."""
+    if connections.Worker.supervisor is not None:
+        tell_stops(server, connections.Worker.supervisor, _settings)
+
+
 def post_worker_init(worker: Any) -> None:
     """The worker is up and loads its models: from here its engine is watched."""
-    application = worker.app.callable
-    application.extensions["avito_watchdog"] = Watchdog(application.extensions["avito_service"])
-    application.extensions["avito_watchdog"].start()
+    extensions = worker.app.callable.extensions
+    extensions["avito_watchdog"] = Watchdog(extensions["avito_service"])
+    extensions["avito_watchdog"].start()
+    extensions["avito_notifier"] = None
+    if worker.supervisor is not None:
+        extensions["avito_notifier"] = Notifier(
+            extensions["avito_service"], worker.supervisor, is_first=worker.age == 1
+        )
+        extensions["avito_notifier"].start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -63,6 +82,8 @@ def worker_exit(server: Any, worker: Any) -> None:
     if application is not None:
         # First, or it would take the stopped engine for a lost one.
         application.extensions["avito_watchdog"].stop()
+        if application.extensions["avito_notifier"] is not None:
+            application.extensions["avito_notifier"].stop()
         application.extensions["avito_service"].stop(timeout_s=5.0)
         if application.extensions["avito_access"] is not None:
             application.extensions["avito_access"].stop()

@@ -454,7 +454,8 @@ class ModelService:
     @contextmanager
     def _failing(self, name: ModelName, slot: _Slot) -> Iterator[None]:
         """What goes wrong in here fails this model: the other one still gets its chance."""
-        timer = threading.Timer(self.limits.load_timeout_s, self._fail_slow_load, (name, slot))
+        left_s = self.limits.load_timeout_s - sum(slot.phases.values())
+        timer = threading.Timer(max(0.0, left_s), self._fail_slow_load, (name, slot))
         timer.daemon = True
         timer.start()
         try:

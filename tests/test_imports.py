@@ -26,7 +26,7 @@ LLGUIDANCE = {"models.grammars"}
 LAYERS = [
     ["config", "translations"],
     ["logs", "accounting", "system", "pages"],
-    ["responses", "watchdog"],
+    ["responses", "watchdog", "notify"],
     ["bodies", "keys"],
     ["budgets"],
     ["access"],
@@ -84,7 +84,7 @@ def test_libraries_stay_where_they_belong(file: Path) -> None:
 def test_importing_everything_starts_nothing() -> None:
     """No thread, no torch, no CUDA: the application is imported in a fresh interpreter."""
     code = (
-        "import threading, sys, app_production, watchdog, connections\n"
+        "import threading, sys, app_production, watchdog, notify, connections\n"
         "assert threading.active_count() == 1, threading.enumerate()\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )

@@ -317,6 +317,24 @@ def test_load_beyond_its_limit_is_told(make_service: MakeService, wait_until: An
     load.gate.set()
 
 
+def test_weights_and_warm_up_share_the_time_to_load(make_service: MakeService, wait_until: Any) -> None:
+    clock, gate = Clock(), threading.Event()
+
+    class SlowStart(FakeLoaded):
+        def make_runner(self, *arguments: Any) -> EchoRunner:
+            assert gate.wait(GENEROUS_S)
+            return super().make_runner(*arguments)
+
+    def load(_: Any, *, phase: Any, **__: Any) -> FakeLoaded:
+        with phase("weights"):
+            clock.now += 599.99
+        return SlowStart()
+
+    service = make_service({"avibe": FakeLoaded()}, load=load, wait=False, clock=clock, load_timeout_s=600.0)
+    wait_until(lambda: service.snapshot().models["avibe"].state == "failed")
+    gate.set()
+
+
 def test_dead_engine_fails_everybody_and_is_neither_ready_nor_alive(make_service: MakeService, wait_until: Any) -> None:
     def die(batch: Any) -> None:
         raise EngineDead("sticky")
