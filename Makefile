@@ -1,7 +1,7 @@
 # `make test` is the whole gate, from nothing installed. Everything lives in .venv, vibe/ and run/.
 PYTHON := .venv/bin/python
 
-.PHONY: help test lint format run stop clean venv demo
+.PHONY: help test lint format run stop clean venv demo pin-digests
 
 help:
 	@echo "make test     lint, types and tests (makes .venv and the demo model first)"
@@ -9,6 +9,7 @@ help:
 	@echo "make format   let ruff format and mend what it can"
 	@echo "make run      ./deploy.sh development"
 	@echo "make stop     ./deploy.sh stop"
+	@echo "make pin-digests  write what their registries say now behind the names of images"
 	@echo "make clean    stop, and remove everything that was made here but .env"
 
 venv:
@@ -34,6 +35,9 @@ run:
 
 stop:
 	@./deploy.sh stop
+
+pin-digests:
+	@$(PYTHON) tools/pin_digests.py
 
 clean: stop
 	rm -rf .venv run vibe/demo vibe/.demo.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
