@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 NODE_MODULES := tests/clients/node_modules
 
-.PHONY: help test lint format run stop clean venv demo clients
+.PHONY: help test lint format run stop clean venv demo clients pin-digests
 
 help:
 	@echo "make test     lint, types and tests (makes .venv and the demo model first)"
@@ -10,6 +10,7 @@ help:
 	@echo "make format   let ruff format and mend what it can"
 	@echo "make run      ./deploy.sh development"
 	@echo "make stop     ./deploy.sh stop"
+	@echo "make pin-digests  write what their registries say now behind the names of images"
 	@echo "make clean    stop, and remove everything that was made here but .env"
 
 venv:
@@ -44,6 +45,9 @@ run:
 
 stop:
 	@./deploy.sh stop
+
+pin-digests:
+	@$(PYTHON) tools/pin_digests.py
 
 clean: stop
 	rm -rf .venv run $(NODE_MODULES) vibe/demo vibe/.demo.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -63,3 +63,16 @@ def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None 
     service = ModelService({name: fake_snapshot(name) for name in names}, limits, load=load)
     service.start()
     return create_app(settings, service)
+
+
+def create_held(pipe: str) -> Flask:
+    """As `create`, but loading until somebody has written to this named pipe."""
+    app = create(load_s=3600)
+    gate: threading.Event = app.extensions["avito_service"]._load.gate
+
+    def wait() -> None:
+        Path(pipe).read_bytes()
+        gate.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return app

@@ -33,10 +33,16 @@ class Server:
     """One Gunicorn on a free port of the loopback.
 
     :param factory: a call of `tests.fake_app`; empty: the application itself, with the models of `settings`.
+    :param project: the folder that it is run from.
     """
 
     def __init__(
-        self, folder: Path, factory: str, settings: dict[str, str], limit: Callable[[], None] | None = None
+        self,
+        folder: Path,
+        factory: str,
+        settings: dict[str, str],
+        limit: Callable[[], None] | None = None,
+        project: Path = PROJECT_ROOT,
     ) -> None:
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -44,12 +50,13 @@ class Server:
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("AVITO_", "AVI"))}
         environ |= {"AVIBE_MODEL_PATH": str(make_folder(folder)), "AVISION_MODEL_PATH": "", "AVITO_ENV": "development"}
         environ |= {"AVITO_PORT": str(self.port), "AVITO_RATE_LIMIT": "", "AVITO_LOG_FILE": ""} | settings
+        self.environ = environ
         self.log = folder / "log"
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "-c", "gunicorn_config.py"]
                 + ([f"tests.fake_app:{factory}"] if factory else []),
-                cwd=PROJECT_ROOT,
+                cwd=project,
                 env=environ,
                 stdout=out,
                 stderr=out,
