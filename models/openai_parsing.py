@@ -9,6 +9,7 @@ What is neither listed here nor neutral is refused by name: nothing is accepted 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -18,7 +19,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from config import Limits
 from models.errors import InvalidRequest, ModelNotFound, UnknownField
 from models.images import read_header
-from models.parsing import body_model, decode_picture, load_json_object, sampling_fields, shown_name, validate
+from models.parsing import (
+    body_model,
+    decode_picture,
+    load_json_object,
+    sampling_fields,
+    shown_name,
+    validate,
+    whole_number,
+)
 from models.schemas import (
     DEFAULT_TEMPERATURE,
     MODEL_NAMES,
@@ -66,6 +75,9 @@ UNSUPPORTED = frozenset(
 #: Taken, and without effect.
 WITHOUT_EFFECT = ("user", "metadata", "store")
 _TOOL_NAME = r"^[A-Za-z0-9_-]{1,64}$"
+_WORD = re.compile(_TOOL_NAME)
+# No leading zeros: no two keys are the same id.
+_TOKEN_ID = re.compile(r"^(0|[1-9][0-9]{0,9})$")
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,9 @@ class _TextPart(_Strict):
 
 
 class _ImageUrl(_Strict):
-    url: Annotated[str, Field(min_length=1)]
+    url: Annotated[
+        str, Field(min_length=1, description="A data URL with a picture.", json_schema_extra={"pattern": "^data:"})
+    ]
     detail: Literal["auto"] = "auto"
 
 
@@ -140,7 +154,7 @@ def _part_type(value: Any) -> str | None:
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
-_Text = Annotated[list[_TextPart], BeforeValidator(_as_parts)]
+_Text = Annotated[list[_TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[_TextPart])]
 _Part = Annotated[
     Annotated[_TextPart, Tag("text")] | Annotated[_ImagePart, Tag("image_url")], Discriminator(_part_type)
 ]
@@ -153,12 +167,18 @@ class _SystemMessage(_Strict):
 
 class _UserMessage(_Strict):
     role: Literal["user"]
-    content: Annotated[list[_Part], BeforeValidator(_as_parts)]
+    content: Annotated[list[_Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[_Part])]
 
 
 class _CalledFunction(_Strict):
     name: Annotated[str, Field(pattern=_TOOL_NAME)]
-    arguments: str
+    arguments: Annotated[
+        str,
+        Field(
+            description="The text of a JSON object.",
+            json_schema_extra={"contentMediaType": "application/json", "contentSchema": {"type": "object"}},
+        ),
+    ]
 
 
 class _Call(_Strict):
@@ -254,6 +274,14 @@ _Format = Annotated[
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _whole_numbers(value: object) -> object:
+    return [whole_number(each) for each in value] if isinstance(value, list) else value
+
+
+def _as_given(value: object) -> object:
+    return value
 
 
 def _choice_kind(value: object) -> str:
@@ -371,35 +399,40 @@ class OpenAIParser:
             grammar=grammar,
         )
 
-    def _logit_bias(self, given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-        found: dict[int, float] = {}
-        for key, bias in given.items():
-            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+    @staticmethod
+    def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+        for key in given:
+            if not _TOKEN_ID.fullmatch(key):
                 raise InvalidRequest(
                     f"logit_bias: each key must be a token id, got {shown_name(key)}", field="logit_bias"
                 )
-            if abs(bias) > self.limits.max_logit_bias:
-                limit = self.limits.max_logit_bias
-                raise InvalidRequest(
-                    f"logit_bias.{key}: must be at least {-limit:g} and at most {limit:g}, got {bias:g}",
-                    field="logit_bias",
-                )
-            if int(key) in found:
-                raise InvalidRequest(f"logit_bias: token id {int(key)} is given more than once", field="logit_bias")
-            found[int(key)] = bias
-        return tuple(found.items())
+        return tuple((int(key), bias) for key, bias in given.items())
 
-    def _raw_prompts(self, given: Any) -> list[str | tuple[int, ...]]:
-        """A text, a list of texts, token ids, or lists of token ids."""
-        several = given if isinstance(given, list) and not all(isinstance(each, int) for each in given) else [given]
+    def _raw_prompts(self, given: object) -> list[str | tuple[int, ...]]:
+        """A text, token ids, a list of texts, or lists of token ids. Counts come before contents: a body has room for
+        millions of either."""
+        is_list = isinstance(given, list) and bool(given) and isinstance(given[0], (str, list))
+        several: list[object] = given if is_list else [given]  # type: ignore[assignment]
+        if len(several) > self.limits.max_choices:
+            raise InvalidRequest(
+                f"prompt: must be at most {self.limits.max_choices} prompts, got {len(several)}", field="prompt"
+            )
         limit = self.limits.max_prompt_chars
         found: list[str | tuple[int, ...]] = []
         for index, prompt in enumerate(several):
-            name = f"prompt[{index}]" if several is given else "prompt"
-            unit = "characters" if isinstance(prompt, str) else "token ids"
+            name = f"prompt[{index}]" if is_list else "prompt"
+            if not isinstance(prompt, type(several[0])) or not isinstance(prompt, (str, list)):
+                raise InvalidRequest(f"prompt: {_RAW_PROMPTS}", field="prompt")
             if not 1 <= len(prompt) <= limit:
+                unit = "characters" if isinstance(prompt, str) else "token ids"
                 raise InvalidRequest(f"{name}: must have 1 to {limit} {unit}, got {len(prompt)}", field="prompt")
-            found.append(prompt if isinstance(prompt, str) else tuple(prompt))
+            if isinstance(prompt, str):
+                found.append(prompt)
+                continue
+            ids = tuple(map(whole_number, prompt))
+            if not all(type(each) is int for each in ids):
+                raise InvalidRequest(f"prompt: {_RAW_PROMPTS}", field="prompt")
+            found.append(ids)  # type: ignore[arg-type]
         return found
 
     # Chats.
@@ -521,7 +554,7 @@ def check_depth(value: Any, limit: int, name: str) -> None:
 def _template_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Words and numbers only: what a template prints of them cannot be a control token."""
     for key, value in given.items():
-        is_word = isinstance(value, str) and len(value) <= 64 and value.replace("_", "").replace("-", "").isalnum()
+        is_word = isinstance(value, str) and _WORD.fullmatch(value)
         if not (is_word or isinstance(value, (bool, int, float))):
             raise InvalidRequest(
                 f"chat_template_kwargs.{shown_name(key)}: must be a boolean, a number or a word of at most 64 "
@@ -589,10 +622,15 @@ def _model(fields: Mapping[str, Any]) -> ModelName:
     return name  # type: ignore[no-any-return]
 
 
+def _is_same(given: object, neutral: object) -> bool:
+    """As JSON: for Python, true is 1 as well."""
+    return given == neutral and isinstance(given, bool) == isinstance(neutral, bool)
+
+
 def _validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     fields = {name: value for name, value in load_json_object(body).items() if value is not None}
     for name, neutral in NEUTRAL_VALUES.items():
-        if name in fields and name not in model.model_fields and fields.pop(name) != neutral:
+        if name in fields and name not in model.model_fields and not _is_same(fields.pop(name), neutral):
             raise UnknownField(f"{name}: only {json.dumps(neutral)} is supported here", field=name)
     for name in fields:
         if name in UNSUPPORTED:
@@ -600,38 +638,62 @@ def _validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
     return validate(model, fields)
 
 
+_MODEL_FIELD: Any = (Annotated[str, Field(min_length=1, json_schema_extra={"enum": list(MODEL_NAMES)})], ...)
+_RAW_PROMPTS = "must be a string, a list of strings, a list of token ids, or a list of such lists"
+_NO_EFFECT = "Taken, and without effect."
+
+
 def _common_fields(limits: Limits) -> dict[str, Any]:
     """Of both generating doors. Sampling is that of our own API, but for what OpenAI spells otherwise."""
     own = sampling_fields(limits, "avibe")
     stop_string = Annotated[str, Field(min_length=1, max_length=limits.max_stop_chars)]
+    stop_strings = Annotated[list[stop_string], Field(max_length=limits.max_stop_strings)]
     token_id = Annotated[int, Field(ge=0)]
+    bias = Annotated[float, Field(ge=-limits.max_logit_bias, le=limits.max_logit_bias, allow_inf_nan=False)]
     return {
-        "model": (Annotated[str, Field(min_length=1, description="avibe or avision.")], ...),
+        "model": _MODEL_FIELD,
         **own,
         "max_tokens": (own["max_tokens"][0], None),
         "top_k": (
-            Annotated[int, Field(ge=-1, le=limits.max_top_k, description="Keep so many of the likeliest; 0, -1: all.")],
+            Annotated[
+                int,
+                Field(ge=-1, le=limits.max_top_k, description="Keep so many of the likeliest; 0, -1: all."),
+                BeforeValidator(whole_number),
+            ],
             None,
         ),
         "stop": (
             Annotated[
-                list[stop_string],
-                Field(max_length=limits.max_stop_strings, description="Texts before which the answer ends."),
-                BeforeValidator(_as_list),
+                stop_strings,
+                Field(description="A text before which the answer ends, or several."),
+                BeforeValidator(_as_list, json_schema_input_type=stop_string | stop_strings),
             ],
             (),
         ),
         "stop_token_ids": (
             Annotated[
-                list[token_id], Field(max_length=limits.max_stop_token_ids, description="Ids that end the answer.")
+                list[token_id],
+                Field(max_length=limits.max_stop_token_ids, description="Ids that end the answer."),
+                BeforeValidator(_whole_numbers),
             ],
             (),
         ),
-        "n": (Annotated[int, Field(ge=1, le=limits.max_choices, description="Answers to each prompt.")], 1),
+        "n": (
+            Annotated[
+                int,
+                Field(ge=1, le=limits.max_choices, description="Answers to each prompt."),
+                BeforeValidator(whole_number),
+            ],
+            1,
+        ),
         "logit_bias": (
             Annotated[
-                dict[str, Annotated[float, Field(allow_inf_nan=False)]],
-                Field(max_length=limits.max_logit_biases, description="Token id -> what is added to its logit."),
+                dict[str, bias],
+                Field(
+                    max_length=limits.max_logit_biases,
+                    description="Token id -> what is added to its logit.",
+                    json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID.pattern}},
+                ),
             ],
             {},
         ),
@@ -640,10 +702,10 @@ def _common_fields(limits: Limits) -> dict[str, Any]:
             True,
         ),
         "stream": (Annotated[bool, Field(description="Send the answer as it is made: text/event-stream.")], False),
-        "stream_options": (_StreamOptions | None, None),
-        "user": (str, ""),
-        "metadata": (dict[str, str], {}),
-        "store": (bool, False),
+        "stream_options": (Annotated[_StreamOptions | None, Field(description="Only with stream true.")], None),
+        "user": (Annotated[str, Field(description=_NO_EFFECT)], ""),
+        "metadata": (Annotated[dict[str, str], Field(description=_NO_EFFECT)], {}),
+        "store": (Annotated[bool, Field(description=_NO_EFFECT)], False),
     }
 
 
@@ -657,7 +719,22 @@ def _template_fields(limits: Limits) -> dict[str, Any]:
             True,
         ),
         "chat_template_kwargs": (
-            Annotated[dict[str, Any], Field(max_length=32, description="Variables of the model's chat template.")],
+            Annotated[
+                dict[str, Any],
+                Field(
+                    max_length=32,
+                    description="Variables of the model's chat template.",
+                    json_schema_extra={
+                        "additionalProperties": {
+                            "anyOf": [
+                                {"type": "boolean"},
+                                {"type": "number"},
+                                {"type": "string", "pattern": _WORD.pattern},
+                            ]
+                        }
+                    },
+                ),
+            ],
             {},
         ),
     }
@@ -672,7 +749,9 @@ def _chat_fields(limits: Limits) -> dict[str, Any]:
         "logprobs": (Annotated[bool, Field(description="Log-probabilities of the answer's tokens.")], False),
         "top_logprobs": (
             Annotated[
-                int, Field(ge=0, le=limits.max_top_logprobs, description="And of so many likeliest in their place.")
+                int,
+                Field(ge=0, le=limits.max_top_logprobs, description="And of so many likeliest in their place."),
+                BeforeValidator(whole_number),
             ],
             None,
         ),
@@ -682,33 +761,35 @@ def _chat_fields(limits: Limits) -> dict[str, Any]:
 
 def _completion_fields(limits: Limits) -> dict[str, Any]:
     own = sampling_fields(limits, "avibe")
+    text = Annotated[str, Field(min_length=1, max_length=limits.max_prompt_chars)]
+    ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=limits.max_prompt_chars)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=limits.max_choices)]
+    lists = Annotated[list[ids], Field(min_length=1, max_length=limits.max_choices)]
     return {
-        "prompt": (Annotated[Any, BeforeValidator(_check_raw_prompt)], ...),
+        "prompt": (
+            Annotated[
+                Any,
+                Field(description="A text, token ids, or a list of either."),
+                BeforeValidator(_as_given, json_schema_input_type=text | ids | texts | lists),
+            ],
+            ...,
+        ),
         "max_tokens": (own["max_tokens"][0], 16),
         "logprobs": (
             Annotated[
-                int, Field(ge=0, le=limits.max_top_logprobs, description="Likeliest tokens told for each place.")
+                int,
+                Field(ge=0, le=limits.max_top_logprobs, description="Likeliest tokens told for each place."),
+                BeforeValidator(whole_number),
             ],
             None,
         ),
     }
 
 
-def _check_raw_prompt(value: object) -> object:
-    def is_ids(each: object) -> bool:
-        return isinstance(each, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in each)
-
-    if isinstance(value, str) or is_ids(value):
-        return value
-    if isinstance(value, list) and (all(isinstance(each, str) for each in value) or all(map(is_ids, value))):
-        return value
-    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
-
-
 def _tokenize_fields(limits: Limits) -> dict[str, Any]:
     text = Annotated[str, Field(min_length=1, max_length=limits.max_prompt_chars)]
     return {
-        "model": (Annotated[str, Field(min_length=1)], ...),
+        "model": _MODEL_FIELD,
         "prompt": (text, None),
         "messages": (Annotated[list[_Message], Field(min_length=1, max_length=limits.max_messages)], None),
         **_template_fields(limits),
@@ -718,6 +799,14 @@ def _tokenize_fields(limits: Limits) -> dict[str, Any]:
 
 def _detokenize_fields(limits: Limits) -> dict[str, Any]:
     return {
-        "model": (Annotated[str, Field(min_length=1)], ...),
-        "tokens": (Annotated[list[int], Field(max_length=limits.max_prompt_chars)], ...),
+        "model": _MODEL_FIELD,
+        "tokens": (
+            # The bounds of ids are the model's to check.
+            Annotated[
+                list[Annotated[int, Field(json_schema_extra={"minimum": 0})]],
+                Field(max_length=limits.max_prompt_chars),
+                BeforeValidator(_whole_numbers),
+            ],
+            ...,
+        ),
     }
