@@ -31,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 PROJECT_ROOT = Path(__file__).resolve().parent
 PREFIXES = ("AVITO_", "AVIBE_", "AVISION_")
 MIN_OPS_TOKEN_CHARS = 16
