@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
 from config import Limits
 from models.errors import InvalidRequest, ModelNotFound, UnknownField
@@ -130,7 +130,16 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_null(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        found, has_unknown = {}, False
+        for key, value in data.items():
+            # One unknown field is enough to tell of: Pydantic would make an error object for each of a million.
+            if value is not None and (key in known or not has_unknown):
+                found[key] = value
+                has_unknown = has_unknown or key not in known
+        return found
 
 
 class _TextPart(_Strict):
@@ -210,6 +219,7 @@ def _role(value: Any) -> str | None:
     return "system" if role == "developer" else role if isinstance(role, str) else None
 
 
+_AnyMessage = _SystemMessage | _UserMessage | _AssistantMessage | _ToolMessage
 _Message = Annotated[
     Annotated[_SystemMessage, Tag("system")]
     | Annotated[_UserMessage, Tag("user")]
@@ -276,8 +286,15 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _whole_numbers(value: object) -> object:
-    return [whole_number(each) for each in value] if isinstance(value, list) else value
+def _at_most(limit: int) -> BeforeValidator:
+    """Of an object's members. Pydantic looks at them all before it counts them, and has an error for each."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"must have at most {limit} items, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _as_given(value: object) -> object:
@@ -310,7 +327,7 @@ class OpenAIParser:
         self.detokenize_body = body_model("DetokenizeRequest", _detokenize_fields(limits))
 
     def parse_chat(self, body: bytes) -> OpenAIRequest:
-        fields = _validate(self.chat_body, body)
+        fields = self._validate(self.chat_body, body)
         model = _model(fields)
         sampling = self._sampling(fields, _chat_max_tokens(fields), _chat_logprobs(fields), _grammar(fields))
         prompt = self._chat(fields, model, sampling)
@@ -319,14 +336,14 @@ class OpenAIParser:
         return self._request(fields, (prompt,), has_tools, has_tools and choice != "auto")
 
     def parse_completion(self, body: bytes) -> OpenAIRequest:
-        fields = _validate(self.completion_body, body)
+        fields = self._validate(self.completion_body, body)
         model = _model(fields)
         sampling = self._sampling(fields, fields["max_tokens"], fields["logprobs"])
         prompts = tuple(RawRequest(prompt, sampling, model) for prompt in self._raw_prompts(fields["prompt"]))
         return self._request(fields, prompts)
 
     def parse_tokenize(self, body: bytes) -> TokenizeRequest:
-        fields = _validate(self.tokenize_body, body)
+        fields = self._validate(self.tokenize_body, body)
         model = _model(fields)
         sampling = SamplingParams(max_tokens=None, temperature=DEFAULT_TEMPERATURE)
         has_chat, has_text = fields["messages"] is not None, fields["prompt"] is not None
@@ -336,8 +353,32 @@ class OpenAIParser:
         return TokenizeRequest(prompt, fields["return_token_strs"])
 
     def parse_detokenize(self, body: bytes) -> DetokenizeRequest:
-        fields = _validate(self.detokenize_body, body)
+        fields = self._validate(self.detokenize_body, body)
         return DetokenizeRequest(_model(fields), tuple(fields["tokens"]))
+
+    def _validate(self, model: type[BaseModel], body: bytes) -> dict[str, Any]:
+        fields = {name: value for name, value in load_json_object(body).items() if value is not None}
+        for name, neutral in NEUTRAL_VALUES.items():
+            if name in fields and name not in model.model_fields and not _is_same(fields.pop(name), neutral):
+                raise UnknownField(f"{name}: only {json.dumps(neutral)} is supported here", field=name)
+        for name in fields:
+            if name in UNSUPPORTED:
+                raise UnknownField(f"{name}: is not supported here", field=name)
+        self._check_num_parts(fields.get("messages"))
+        return validate(model, fields)
+
+    def _check_num_parts(self, messages: object) -> None:
+        """Before Pydantic, whose objects, and errors, take a hundred times the memory of their JSON."""
+        if not isinstance(messages, list) or len(messages) > self.limits.max_messages:
+            return  # refused at once
+        lists = [each.get(key) for each in messages if isinstance(each, dict) for key in ("content", "tool_calls")]
+        num_parts = sum(len(each) for each in lists if isinstance(each, list))
+        if num_parts > self.limits.max_message_parts:
+            raise InvalidRequest(
+                f"messages: must have at most {self.limits.max_message_parts} parts and tool calls in all, "
+                f"got {num_parts}",
+                field="messages",
+            )
 
     def _request(
         self,
@@ -427,6 +468,7 @@ class OpenAIParser:
                 unit = "characters" if isinstance(prompt, str) else "token ids"
                 raise InvalidRequest(f"{name}: must have 1 to {limit} {unit}, got {len(prompt)}", field="prompt")
             if isinstance(prompt, str):
+                _check_unicode(prompt, name)
                 found.append(prompt)
                 continue
             ids = tuple(map(whole_number, prompt))
@@ -439,18 +481,18 @@ class OpenAIParser:
 
     def _chat(self, fields: Mapping[str, Any], model: ModelName, sampling: SamplingParams) -> Request:
         tools = self._tools(fields)
+        num_chars = sum(_num_chars(message) for message in fields["messages"])
+        num_chars += sum(len(_json_text(tool, f"tools[{index}]")) for index, tool in enumerate(tools))
+        if num_chars > self.limits.max_prompt_chars:
+            raise InvalidRequest(
+                f"messages: must have at most {self.limits.max_prompt_chars} characters in all, with calls and tools, "
+                f"got {num_chars}",
+                field="messages",
+            )
         messages: list[Message] = []
         pictures: list[tuple[str, str]] = []
         for index, given in enumerate(fields["messages"]):
             messages.append(self._message(given, f"messages[{index}]", model, pictures))
-        num_chars = sum(message.num_chars for message in messages)
-        num_chars += sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
-        if num_chars > self.limits.max_prompt_chars:
-            raise InvalidRequest(
-                f"messages: must have at most {self.limits.max_prompt_chars} characters in all, with tools, "
-                f"got {num_chars}",
-                field="messages",
-            )
         chat = ChatOptions(
             tools=tuple(tools),
             template_values=_template_values(fields["chat_template_kwargs"]),
@@ -466,6 +508,7 @@ class OpenAIParser:
         parts: list[str | PicturePlace] = []
         for index, part in enumerate(given.content):
             if part.type == "text":
+                _check_unicode(part.text, f"{place}.content")
                 parts.append(part.text)
                 continue
             name = f"{place}.content[{index}].image_url"
@@ -481,7 +524,11 @@ class OpenAIParser:
         texts = [part for part in parts if isinstance(part, str)]
         content = "\n".join(texts) if len(texts) == len(parts) else tuple(parts)
         return Message(
-            role, content, tuple(_tool_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls))
+            role,
+            content,
+            tuple(
+                _tool_call(call, f"{place}.tool_calls[{i}]", self.limits.max_json_depth) for i, call in enumerate(calls)
+            ),
         )
 
     def _images(self, sources: list[tuple[str, str]]) -> tuple[ImageInput, ...]:
@@ -524,14 +571,46 @@ class OpenAIParser:
         ]
 
 
-def _tool_call(call: _Call, place: str) -> ToolCall:
+def _num_chars(message: _AnyMessage) -> int:
+    """Of its texts and calls."""
+    num_chars = sum(len(part.text) for part in message.content if isinstance(part, _TextPart))
+    calls = message.tool_calls if isinstance(message, _AssistantMessage) else ()
+    return num_chars + sum(len(call.function.name) + len(call.function.arguments) for call in calls)
+
+
+def _json_text(value: Any, name: str) -> str:
+    """A user's JSON value as JSON text, which anybody can read.
+
+    :raise InvalidRequest: it has lone surrogates or infinite numbers (`1e999`).
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(f"{name}: must have finite numbers only", field=name) from None
+    _check_unicode(text, name)
+    return text
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON can escape a lone surrogate, no tokenizer can encode one; Pydantic lets it pass where no bounds are set.
+
+    :raise InvalidRequest: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name}: must be valid Unicode without lone surrogates", field=name) from None
+
+
+def _tool_call(call: _Call, place: str, max_depth: int) -> ToolCall:
     name = f"{place}.function.arguments"
     try:
         arguments = load_json_object(call.function.arguments.encode("utf-8", "surrogatepass"))
     except InvalidRequest as error:
         reason = error.message.removeprefix("body: ")
         raise InvalidRequest(f"{name}: must be the text of a JSON object: {reason}", field=name) from None
-    check_depth(arguments, 64, name)
+    check_depth(arguments, max_depth, name)
+    _json_text(arguments, name)
     return ToolCall(call.function.name, arguments)
 
 
@@ -595,7 +674,7 @@ def _grammar(fields: Mapping[str, Any]) -> Grammar | None:
     if isinstance(form, _ObjectFormat):
         return JsonGrammar()
     # Enforced with `strict` and without: nobody is served by an answer that does not fit the schema.
-    return JsonGrammar(json.dumps(form.json_schema.schema_, ensure_ascii=False))
+    return JsonGrammar(_json_text(form.json_schema.schema_, "response_format.json_schema.schema"))
 
 
 def _tool_grammar(choice: str | _NamedTool, tools: list[_Tool], may_be_several: bool) -> ToolGrammar | None:
@@ -608,8 +687,8 @@ def _tool_grammar(choice: str | _NamedTool, tools: list[_Tool], may_be_several: 
         return None
     named = choice.function.name if isinstance(choice, _NamedTool) else None
     functions = tuple(
-        ToolFunction(tool.function.name, json.dumps(tool.function.parameters, ensure_ascii=False))
-        for tool in tools
+        ToolFunction(tool.function.name, _json_text(tool.function.parameters, f"tools[{index}].function.parameters"))
+        for index, tool in enumerate(tools)
         if named in (None, tool.function.name)
     )
     return ToolGrammar(functions, is_single=named is not None or not may_be_several, is_optional=not is_forced)
@@ -627,17 +706,6 @@ def _is_same(given: object, neutral: object) -> bool:
     return given == neutral and isinstance(given, bool) == isinstance(neutral, bool)
 
 
-def _validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
-    fields = {name: value for name, value in load_json_object(body).items() if value is not None}
-    for name, neutral in NEUTRAL_VALUES.items():
-        if name in fields and name not in model.model_fields and not _is_same(fields.pop(name), neutral):
-            raise UnknownField(f"{name}: only {json.dumps(neutral)} is supported here", field=name)
-    for name in fields:
-        if name in UNSUPPORTED:
-            raise UnknownField(f"{name}: is not supported here", field=name)
-    return validate(model, fields)
-
-
 _MODEL_FIELD: Any = (Annotated[str, Field(min_length=1, json_schema_extra={"enum": list(MODEL_NAMES)})], ...)
 _RAW_PROMPTS = "must be a string, a list of strings, a list of token ids, or a list of such lists"
 _NO_EFFECT = "Taken, and without effect."
@@ -648,7 +716,7 @@ def _common_fields(limits: Limits) -> dict[str, Any]:
     own = sampling_fields(limits, "avibe")
     stop_string = Annotated[str, Field(min_length=1, max_length=limits.max_stop_chars)]
     stop_strings = Annotated[list[stop_string], Field(max_length=limits.max_stop_strings)]
-    token_id = Annotated[int, Field(ge=0)]
+    token_id = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
     bias = Annotated[float, Field(ge=-limits.max_logit_bias, le=limits.max_logit_bias, allow_inf_nan=False)]
     return {
         "model": _MODEL_FIELD,
@@ -674,7 +742,6 @@ def _common_fields(limits: Limits) -> dict[str, Any]:
             Annotated[
                 list[token_id],
                 Field(max_length=limits.max_stop_token_ids, description="Ids that end the answer."),
-                BeforeValidator(_whole_numbers),
             ],
             (),
         ),
@@ -694,6 +761,7 @@ def _common_fields(limits: Limits) -> dict[str, Any]:
                     description="Token id -> what is added to its logit.",
                     json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID.pattern}},
                 ),
+                _at_most(limits.max_logit_biases),
             ],
             {},
         ),
@@ -704,7 +772,14 @@ def _common_fields(limits: Limits) -> dict[str, Any]:
         "stream": (Annotated[bool, Field(description="Send the answer as it is made: text/event-stream.")], False),
         "stream_options": (Annotated[_StreamOptions | None, Field(description="Only with stream true.")], None),
         "user": (Annotated[str, Field(description=_NO_EFFECT)], ""),
-        "metadata": (Annotated[dict[str, str], Field(description=_NO_EFFECT)], {}),
+        "metadata": (
+            Annotated[
+                dict[str, str],
+                Field(max_length=limits.max_metadata, description=_NO_EFFECT),
+                _at_most(limits.max_metadata),
+            ],
+            {},
+        ),
         "store": (Annotated[bool, Field(description=_NO_EFFECT)], False),
     }
 
@@ -803,9 +878,9 @@ def _detokenize_fields(limits: Limits) -> dict[str, Any]:
         "tokens": (
             # The bounds of ids are the model's to check.
             Annotated[
-                list[Annotated[int, Field(json_schema_extra={"minimum": 0})]],
+                list[Annotated[int, Field(json_schema_extra={"minimum": 0}), BeforeValidator(whole_number)]],
                 Field(max_length=limits.max_prompt_chars),
-                BeforeValidator(_whole_numbers),
+                FailFast(),
             ],
             ...,
         ),
