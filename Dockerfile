@@ -3,7 +3,7 @@
 FROM python:3.12-slim-bookworm
 
 LABEL org.opencontainers.image.title="Avito AI API" \
-      org.opencontainers.image.version="0.3.0"
+      org.opencontainers.image.version="0.4.0"
 
 # torch.compile builds small launchers when it starts; without a compiler steps run uncompiled. No pinned version:
 # Debian's mirrors keep the newest one of a release only.

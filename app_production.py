@@ -55,6 +55,7 @@ def create_app(
     registry = service.metrics.registry
     ledger = Ledger(registry)
     parser = RequestParser(settings.limits)
+    openai_parser = OpenAIParser(settings.limits)
     store = open_store(settings, service.clock)
     access = None if store is None else Access(app, store, settings, service.clock, now)
     app.extensions["avito_access"] = access
@@ -62,9 +63,9 @@ def create_app(
     pages.init_app(app, service, settings.limits)
     app.register_blueprint(web.make_blueprint(service, parser))
     app.register_blueprint(api.make_blueprint(service, parser))
-    app.register_blueprint(openai_api.make_blueprint(service, OpenAIParser(settings.limits)))
+    app.register_blueprint(openai_api.make_blueprint(service, openai_parser))
     app.register_blueprint(health.make_blueprint(service, ledger, settings, registry, GpuReader(), access))
-    app.register_blueprint(openapi.make_blueprint(parser))
+    app.register_blueprint(openapi.make_blueprint(parser, openai_parser))
     return app
 
 

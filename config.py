@@ -31,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 PROJECT_ROOT = Path(__file__).resolve().parent
 PREFIXES = ("AVITO_", "AVIBE_", "AVISION_")
 MIN_OPS_TOKEN_CHARS = 16
@@ -75,6 +75,9 @@ class Limits:
     # Answers to one HTTP request, all prompts together: each takes a place.
     max_choices: int = 8
     max_messages: int = 1024
+    # Parts of contents, and tool calls, of all messages together. Each costs an object, whatever its text.
+    max_message_parts: int = 4096
+    max_metadata: int = 16
     max_tools: int = 128
     # Levels of a tool's parameters or of a call's arguments.
     max_json_depth: int = 64

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from flask import Blueprint, Response, g, jsonify
@@ -292,7 +293,7 @@ class _TextForm(_Form):
         if self.asked.prompts[0].sampling.num_logprobs is None:
             return None
         texts = [_text(each.token) for each in found]
-        offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
+        offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
         return {
             "tokens": texts,
             "token_logprobs": [_finite(each.logprob) for each in found],

@@ -6,12 +6,30 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
+import openapi_v1
 from config import VERSION
+from models.openai_parsing import OpenAIParser
 from models.parsing import RequestParser
+from openapi_parts import (
+    BOOLEAN,
+    COUNT,
+    EVENTS,
+    HEADERS,
+    JSON,
+    NUMBER,
+    OPTIONAL_KEY,
+    STRING,
+    Schema,
+    answer,
+    array,
+    errors,
+    nullable,
+    object_of,
+    operation,
+    ref,
+)
 from responses import STATUS_BY_CODE
 
-_JSON = "application/json"
-_EVENTS = "text/event-stream"
 _APPLICATION_METRICS = (
     "total_requests",
     "success_rate_percent",
@@ -20,15 +38,11 @@ _APPLICATION_METRICS = (
     "avibe_requests",
     "avision_requests",
 )
-_NUMBER = {"type": "number"}
-_STRING = {"type": "string"}
-_BOOLEAN = {"type": "boolean"}
-_COUNT = {"type": "integer", "minimum": 0}
 
 
-def make_blueprint(parser: RequestParser) -> Blueprint:
+def make_blueprint(parser: RequestParser, openai_parser: OpenAIParser) -> Blueprint:
     bp = Blueprint("openapi", __name__)
-    document = build_document(parser)
+    document = build_document(parser, openai_parser)
 
     @bp.get("/openapi.json")
     def show_openapi() -> Response:
@@ -37,11 +51,8 @@ def make_blueprint(parser: RequestParser) -> Blueprint:
     return bp
 
 
-def build_document(parser: RequestParser) -> dict[str, Any]:
-    """The whole document. Limits stand in it because they stand in the models of `parser`."""
-    generating = ("400", "401", "403", "413", "415", "429", "500", "503", "504")
-    # Whether this server asks for keys is its operator's choice, and may change without a new description.
-    optional_key: dict[str, Any] = {"security": [{"key": []}, {}]}
+def build_document(parser: RequestParser, openai_parser: OpenAIParser) -> dict[str, Any]:
+    """The whole document. Limits stand in it because they stand in the models of the parsers."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -51,6 +62,10 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
         },
         "tags": [
             {"name": "generate", "description": "Text and pictures in, text out. Limited per client, or per key."},
+            {
+                "name": "openai",
+                "description": "What OpenAI's clients expect, see docs/openai.md. `null` counts as absent.",
+            },
             {"name": "health", "description": "How the service is. Not limited."},
             {
                 "name": "operator",
@@ -60,56 +75,39 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
         ],
         "paths": {
             "/api/v1/text/generate": {
-                "post": _operation(
+                "post": _generating(
                     "generateText",
-                    "generate",
                     "Answer a prompt with Avibe",
-                    {_JSON: {"schema": _ref("TextGenerateRequest"), "example": _TEXT_EXAMPLE}},
-                    _ref("Answer"),
-                    generating,
+                    {JSON: {"schema": ref("TextGenerateRequest"), "example": _TEXT_EXAMPLE}},
                 )
-                | optional_key
             },
             "/api/v1/image/analyze": {
-                "post": _operation(
+                "post": _generating(
                     "analyzeImage",
-                    "generate",
                     "Answer a prompt about one or more pictures with Avision",
                     {
-                        _JSON: {"schema": _ref("ImageAnalyzeRequest")},
+                        JSON: {"schema": ref("ImageAnalyzeRequest")},
                         "multipart/form-data": {"schema": _form_schema(parser)},
                     },
-                    _ref("Answer"),
-                    generating,
                 )
-                | optional_key
             },
-            "/api/health": {"get": _reading("getHealth", "health", "How the service is", _ref("Health"))},
+            **openapi_v1.paths(),
+            "/api/health": {"get": _reading("getHealth", "How the service is", ref("Health"))},
             "/api/health/ready": {
                 "get": _reading(
-                    "getReady", "health", "Whether every configured model serves", _ref("Ready"), {"503": _ref("Ready")}
+                    "getReady", "Whether every configured model serves", ref("Ready"), {"503": ref("Ready")}
                 )
             },
             "/api/health/live": {
-                "get": _reading("getLive", "health", "Whether the engine is alive", _ref("Live"), {"503": _ref("Live")})
+                "get": _reading("getLive", "Whether the engine is alive", ref("Live"), {"503": ref("Live")})
             },
-            "/api/metrics": {"get": _reading("getMetrics", "health", "Metrics as JSON", _ref("Metrics"))},
+            "/api/metrics": {"get": _reading("getMetrics", "Metrics as JSON", ref("Metrics"))},
             "/api/metrics/reset": {
-                "post": _operation(
-                    "resetMetrics",
-                    "operator",
-                    "Start the sums of /api/metrics anew",
-                    None,
-                    _ref("Done"),
-                    ("401", "403"),
-                )
+                "post": _operating("resetMetrics", "Start the sums of /api/metrics anew")
                 | {"security": [{"operator": []}, {}]}
             },
             "/api/drain": {
-                "post": _operation(
-                    "drain", "operator", "Let readiness answer 503 before a stop", None, _ref("Done"), ("401", "403")
-                )
-                | {"security": [{"operator": []}]}
+                "post": _operating("drain", "Let readiness answer 503 before a stop") | {"security": [{"operator": []}]}
             },
         },
         "components": {
@@ -121,65 +119,32 @@ def build_document(parser: RequestParser) -> dict[str, Any]:
                 },
                 "operator": {"type": "http", "scheme": "bearer"},
             },
-            "headers": _HEADERS,
-            "schemas": _schemas(parser),
+            "headers": HEADERS,
+            "schemas": _schemas(parser) | openapi_v1.schemas(openai_parser),
         },
     }
 
 
 _TEXT_EXAMPLE = {"prompt": "What is the capital of France?", "max_tokens": 64, "temperature": 0}
-_HEADERS: dict[str, Any] = {
-    "X-Request-ID": {"schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}},
-    "X-Response-Time": {"schema": {"type": "string", "pattern": r"^\d+\.\d{3}s$"}},
-    "X-Avito-Demo": {"description": "1 if an embedded demo model answered.", "schema": {"const": "1"}},
-    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
-}
 
 
-def _ref(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
+def _generating(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    success = answer("Success", ref("Answer"), "X-Avito-Demo")
+    success["content"][EVENTS] = {"schema": ref("Event")}
+    refusals = errors(("400", "401", "403", "413", "415", "429", "500", "503", "504"), ref("Error"))
+    return operation(name, "generate", summary, {"200": success} | refusals, content) | OPTIONAL_KEY
 
 
-def _header_refs(*names: str) -> dict[str, Any]:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
-
-
-def _answer(description: str, schema: dict[str, Any], *headers: str) -> dict[str, Any]:
-    return {
-        "description": description,
-        "headers": _header_refs("X-Request-ID", "X-Response-Time", *headers),
-        "content": {_JSON: {"schema": schema}},
-    }
-
-
-def _operation(
-    name: str,
-    tag: str,
-    summary: str,
-    content: dict[str, Any] | None,
-    success: dict[str, Any],
-    errors: tuple[str, ...],
-) -> dict[str, Any]:
-    responses = {"200": _answer("Success", success, *(["X-Avito-Demo"] if tag == "generate" else []))}
-    for status in errors:
-        codes = ", ".join(code for code, number in STATUS_BY_CODE.items() if str(number) == status)
-        extra = ("Retry-After",) if status == "429" else ()
-        responses[status] = _answer(codes, _ref("Error"), *extra)
-    if tag == "generate":
-        responses["200"]["content"][_EVENTS] = {"schema": _ref("Event")}
-    operation: dict[str, Any] = {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
-    if content is not None:
-        operation["requestBody"] = {"required": True, "content": content}
-    return operation
-
-
-def _reading(
-    name: str, tag: str, summary: str, success: dict[str, Any], others: dict[str, dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    responses = {"200": _answer("Success", success)}
+def _reading(name: str, summary: str, success: Schema, others: dict[str, Schema] | None = None) -> dict[str, Any]:
+    responses = {"200": answer("Success", success)}
     for status, schema in (others or {}).items():
-        responses[status] = _answer("Not now", schema)
-    return {"operationId": name, "tags": [tag], "summary": summary, "responses": responses}
+        responses[status] = answer("Not now", schema)
+    return operation(name, "health", summary, responses)
+
+
+def _operating(name: str, summary: str) -> dict[str, Any]:
+    done = {"200": answer("Success", ref("Done"))}
+    return operation(name, "operator", summary, done | errors(("401", "403"), ref("Error")))
 
 
 def _form_schema(parser: RequestParser) -> dict[str, Any]:
@@ -197,72 +162,64 @@ def _form_schema(parser: RequestParser) -> dict[str, Any]:
     return schema
 
 
-def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": required | optional, "required": list(required)}
-
-
-def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
 def _event(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    data = _STRING | {"contentMediaType": _JSON, "contentSchema": body}
-    return _object({"event": {"const": name}, "data": data})
+    data = {**STRING, "contentMediaType": JSON, "contentSchema": body}
+    return object_of({"event": {"const": name}, "data": data})
 
 
 def _schemas(parser: RequestParser) -> dict[str, Any]:
     image_body = parser.image_body.model_json_schema()
     image_body["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
     state = {"enum": ["not_configured", "loading", "ready", "failed"]}
-    model = _object(
+    model = object_of(
         {"state": state},
-        demo=_BOOLEAN,
-        device=_nullable(_STRING),
-        dtype=_nullable(_STRING),
-        phase=_nullable(_STRING),
-        phase_seconds=_NUMBER,
-        phases={"type": "object", "additionalProperties": _NUMBER},
-        running=_COUNT,
-        waiting=_COUNT,
+        demo=BOOLEAN,
+        device=nullable(STRING),
+        dtype=nullable(STRING),
+        phase=nullable(STRING),
+        phase_seconds=NUMBER,
+        phases={"type": "object", "additionalProperties": NUMBER},
+        running=COUNT,
+        waiting=COUNT,
     )
-    models = _object({"avibe": model, "avision": model})
-    checks = {"type": "object", "additionalProperties": _object({"ok": _BOOLEAN})}
-    reasons = {"type": "array", "items": _STRING}
+    models = object_of({"avibe": model, "avision": model})
+    checks = {"type": "object", "additionalProperties": object_of({"ok": BOOLEAN})}
+    reasons = array(STRING)
     return {
         "TextGenerateRequest": parser.text_body.model_json_schema(),
         "ImageAnalyzeRequest": image_body,
-        "Answer": _object(
+        "Answer": object_of(
             {
                 "success": {"const": True},
-                "data": _object(
+                "data": object_of(
                     {
                         "model": {"enum": ["avibe", "avision"]},
-                        "text": _STRING,
-                        "generated_tokens": _COUNT,
-                        "input_tokens": _COUNT,
+                        "text": STRING,
+                        "generated_tokens": COUNT,
+                        "input_tokens": COUNT,
                         "finish_reason": {"enum": ["stop", "length"]},
-                        "demo": _BOOLEAN,
+                        "demo": BOOLEAN,
                     }
                 ),
-                "metrics": _object(
+                "metrics": object_of(
                     {
-                        "queue_time": _NUMBER,
-                        "time_to_first_token": _nullable(_NUMBER),
-                        "generation_time": _NUMBER,
-                        "total_time": _NUMBER,
-                        "tokens_per_second": _NUMBER,
+                        "queue_time": NUMBER,
+                        "time_to_first_token": nullable(NUMBER),
+                        "generation_time": NUMBER,
+                        "total_time": NUMBER,
+                        "tokens_per_second": NUMBER,
                     }
                 ),
-                "request_id": _STRING,
+                "request_id": STRING,
             }
         ),
-        "Error": _object(
+        "Error": object_of(
             {
                 "success": {"const": False},
-                "error": _object(
-                    {"code": {"enum": list(STATUS_BY_CODE)}, "message": _STRING, "field": _nullable(_STRING)}
+                "error": object_of(
+                    {"code": {"enum": list(STATUS_BY_CODE)}, "message": STRING, "field": nullable(STRING)}
                 ),
-                "request_id": _STRING,
+                "request_id": STRING,
             }
         ),
         # The schema of one event describes the stream; OpenAPI has a word of its own for that from 3.2 on.
@@ -270,39 +227,39 @@ def _schemas(parser: RequestParser) -> dict[str, Any]:
             "description": 'With `"stream": true`: one of the Server-Sent Events; `data` is JSON. Deltas carry the '
             "text as it comes; last is either `done` with the whole answer or `error`. Comments may come in between.",
             "oneOf": [
-                _event("delta", _object({"text": _STRING})),
-                _event("done", _ref("Answer")),
-                _event("error", _ref("Error")),
+                _event("delta", object_of({"text": STRING})),
+                _event("done", ref("Answer")),
+                _event("error", ref("Error")),
             ],
         },
-        "Health": _object(
+        "Health": object_of(
             {
                 "status": {"enum": ["healthy", "degraded", "unhealthy"]},
-                "version": _STRING,
-                "uptime_seconds": _NUMBER,
+                "version": STRING,
+                "uptime_seconds": NUMBER,
                 "models": models,
                 "checks": checks,
                 "why_not_ready": reasons,
-                "demo": _BOOLEAN,
+                "demo": BOOLEAN,
             }
         ),
-        "Ready": _object(
-            {"status": {"enum": ["ready", "not_ready"]}, "models": models, "checks": checks, "demo": _BOOLEAN},
+        "Ready": object_of(
+            {"status": {"enum": ["ready", "not_ready"]}, "models": models, "checks": checks, "demo": BOOLEAN},
             why_not_ready=reasons,
         ),
-        "Live": _object(
+        "Live": object_of(
             {
                 "status": {"enum": ["alive", "dead"]},
                 "engine": {"enum": ["ok", "hung", "dead"]},
-                "seconds_since_last_step": _NUMBER,
+                "seconds_since_last_step": NUMBER,
             }
         ),
-        "Metrics": _object(
+        "Metrics": object_of(
             {
-                "system": _object(dict.fromkeys(("cpu_percent", "memory_percent", "disk_percent"), _NUMBER)),
-                "gpu": _object({"available": _BOOLEAN}),
-                "application": _object(dict.fromkeys(_APPLICATION_METRICS, _NUMBER)),
+                "system": object_of(dict.fromkeys(("cpu_percent", "memory_percent", "disk_percent"), NUMBER)),
+                "gpu": object_of({"available": BOOLEAN}),
+                "application": object_of(dict.fromkeys(_APPLICATION_METRICS, NUMBER)),
             }
         ),
-        "Done": _object({"status": _STRING}),
+        "Done": object_of({"status": STRING}),
     }

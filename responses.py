@@ -48,6 +48,8 @@ _FRAMEWORK_CODES: Mapping[int, str] = {
     415: "unsupported_media_type",
     429: "rate_limited",
 }
+_OPENAI_TYPES: Mapping[int, str] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+OPENAI_ERROR_TYPES = ("invalid_request_error", *_OPENAI_TYPES.values(), "server_error")
 # The client left before its answer: nobody reads this. nginx logs such requests with the same number.
 STATUS_CLIENT_LEFT = 499
 
@@ -185,8 +187,7 @@ def error_body(error: WebError, request_id: str) -> dict[str, Any]:
 
 def openai_error_body(error: WebError) -> dict[str, Any]:
     """The error body of `/v1`, in OpenAI's shape."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.field, "code": error.code}}
 
 

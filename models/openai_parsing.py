@@ -9,16 +9,25 @@ What is neither listed here nor neutral is refused by name: nothing is accepted 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
 from config import Limits
 from models.errors import InvalidRequest, ModelNotFound, UnknownField
 from models.images import read_header
-from models.parsing import body_model, decode_picture, load_json_object, sampling_fields, shown_name, validate
+from models.parsing import (
+    body_model,
+    decode_picture,
+    load_json_object,
+    sampling_fields,
+    shown_name,
+    validate,
+    whole_number,
+)
 from models.schemas import (
     DEFAULT_TEMPERATURE,
     MODEL_NAMES,
@@ -66,6 +75,9 @@ UNSUPPORTED = frozenset(
 #: Taken, and without effect.
 WITHOUT_EFFECT = ("user", "metadata", "store")
 _TOOL_NAME = r"^[A-Za-z0-9_-]{1,64}$"
+_WORD = re.compile(_TOOL_NAME)
+# No leading zeros: no two keys are the same id.
+_TOKEN_ID = re.compile(r"^(0|[1-9][0-9]{0,9})$")
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,16 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_null(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        found, has_unknown = {}, False
+        for key, value in data.items():
+            # One unknown field is enough to tell of: Pydantic would make an error object for each of a million.
+            if value is not None and (key in known or not has_unknown):
+                found[key] = value
+                has_unknown = has_unknown or key not in known
+        return found
 
 
 class _SentBack(_Strict):
@@ -141,7 +162,9 @@ class _TextPart(_Strict):
 
 
 class _ImageUrl(_Strict):
-    url: Annotated[str, Field(min_length=1)]
+    url: Annotated[
+        str, Field(min_length=1, description="A data URL with a picture.", json_schema_extra={"pattern": "^data:"})
+    ]
     detail: Literal["auto"] = "auto"
 
 
@@ -154,7 +177,7 @@ def _part_type(value: Any) -> str | None:
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
-_Text = Annotated[list[_TextPart], BeforeValidator(_as_parts)]
+_Text = Annotated[list[_TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[_TextPart])]
 _Part = Annotated[
     Annotated[_TextPart, Tag("text")] | Annotated[_ImagePart, Tag("image_url")], Discriminator(_part_type)
 ]
@@ -167,14 +190,20 @@ class _SystemMessage(_Strict):
 
 class _UserMessage(_Strict):
     role: Literal["user"]
-    content: Annotated[list[_Part], BeforeValidator(_as_parts)]
+    content: Annotated[list[_Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[_Part])]
 
 
 class _CalledFunction(_SentBack):
     made_by_client = frozenset(("parsed_arguments",))
 
     name: Annotated[str, Field(pattern=_TOOL_NAME)]
-    arguments: str
+    arguments: Annotated[
+        str,
+        Field(
+            description="The text of a JSON object.",
+            json_schema_extra={"contentMediaType": "application/json", "contentSchema": {"type": "object"}},
+        ),
+    ]
 
 
 class _Call(_SentBack):
@@ -210,6 +239,7 @@ def _role(value: Any) -> str | None:
     return "system" if role == "developer" else role if isinstance(role, str) else None
 
 
+_AnyMessage = _SystemMessage | _UserMessage | _AssistantMessage | _ToolMessage
 _Message = Annotated[
     Annotated[_SystemMessage, Tag("system")]
     | Annotated[_UserMessage, Tag("user")]
@@ -276,6 +306,21 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _at_most(limit: int) -> BeforeValidator:
+    """Of an object's members. Pydantic looks at them all before it counts them, and has an error for each."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"must have at most {limit} items, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _as_given(value: object) -> object:
+    return value
+
+
 def _choice_kind(value: object) -> str:
     return "named" if isinstance(value, (dict, _NamedTool)) else "word"
 
@@ -302,7 +347,7 @@ class OpenAIParser:
         self.detokenize_body = body_model("DetokenizeRequest", _detokenize_fields(limits))
 
     def parse_chat(self, body: bytes) -> OpenAIRequest:
-        fields = _validate(self.chat_body, body)
+        fields = self._validate(self.chat_body, body)
         model = _model(fields)
         sampling = self._sampling(fields, _chat_max_tokens(fields), _chat_logprobs(fields), _grammar(fields))
         prompt = self._chat(fields, model, sampling)
@@ -311,14 +356,14 @@ class OpenAIParser:
         return self._request(fields, (prompt,), has_tools, has_tools and choice != "auto")
 
     def parse_completion(self, body: bytes) -> OpenAIRequest:
-        fields = _validate(self.completion_body, body)
+        fields = self._validate(self.completion_body, body)
         model = _model(fields)
         sampling = self._sampling(fields, fields["max_tokens"], fields["logprobs"])
         prompts = tuple(RawRequest(prompt, sampling, model) for prompt in self._raw_prompts(fields["prompt"]))
         return self._request(fields, prompts)
 
     def parse_tokenize(self, body: bytes) -> TokenizeRequest:
-        fields = _validate(self.tokenize_body, body)
+        fields = self._validate(self.tokenize_body, body)
         model = _model(fields)
         sampling = SamplingParams(max_tokens=None, temperature=DEFAULT_TEMPERATURE)
         has_chat, has_text = fields["messages"] is not None, fields["prompt"] is not None
@@ -328,8 +373,32 @@ class OpenAIParser:
         return TokenizeRequest(prompt, fields["return_token_strs"])
 
     def parse_detokenize(self, body: bytes) -> DetokenizeRequest:
-        fields = _validate(self.detokenize_body, body)
+        fields = self._validate(self.detokenize_body, body)
         return DetokenizeRequest(_model(fields), tuple(fields["tokens"]))
+
+    def _validate(self, model: type[BaseModel], body: bytes) -> dict[str, Any]:
+        fields = {name: value for name, value in load_json_object(body).items() if value is not None}
+        for name, neutral in NEUTRAL_VALUES.items():
+            if name in fields and name not in model.model_fields and not _is_same(fields.pop(name), neutral):
+                raise UnknownField(f"{name}: only {json.dumps(neutral)} is supported here", field=name)
+        for name in fields:
+            if name in UNSUPPORTED:
+                raise UnknownField(f"{name}: is not supported here", field=name)
+        self._check_num_parts(fields.get("messages"))
+        return validate(model, fields)
+
+    def _check_num_parts(self, messages: object) -> None:
+        """Before Pydantic, whose objects, and errors, take a hundred times the memory of their JSON."""
+        if not isinstance(messages, list) or len(messages) > self.limits.max_messages:
+            return  # refused at once
+        lists = [each.get(key) for each in messages if isinstance(each, dict) for key in ("content", "tool_calls")]
+        num_parts = sum(len(each) for each in lists if isinstance(each, list))
+        if num_parts > self.limits.max_message_parts:
+            raise InvalidRequest(
+                f"messages: must have at most {self.limits.max_message_parts} parts and tool calls in all, "
+                f"got {num_parts}",
+                field="messages",
+            )
 
     def _request(
         self,
@@ -391,53 +460,59 @@ class OpenAIParser:
             grammar=grammar,
         )
 
-    def _logit_bias(self, given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-        found: dict[int, float] = {}
-        for key, bias in given.items():
-            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+    @staticmethod
+    def _logit_bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+        for key in given:
+            if not _TOKEN_ID.fullmatch(key):
                 raise InvalidRequest(
                     f"logit_bias: each key must be a token id, got {shown_name(key)}", field="logit_bias"
                 )
-            if abs(bias) > self.limits.max_logit_bias:
-                limit = self.limits.max_logit_bias
-                raise InvalidRequest(
-                    f"logit_bias.{key}: must be at least {-limit:g} and at most {limit:g}, got {bias:g}",
-                    field="logit_bias",
-                )
-            if int(key) in found:
-                raise InvalidRequest(f"logit_bias: token id {int(key)} is given more than once", field="logit_bias")
-            found[int(key)] = bias
-        return tuple(found.items())
+        return tuple((int(key), bias) for key, bias in given.items())
 
-    def _raw_prompts(self, given: Any) -> list[str | tuple[int, ...]]:
-        """A text, a list of texts, token ids, or lists of token ids."""
-        several = given if isinstance(given, list) and not all(isinstance(each, int) for each in given) else [given]
+    def _raw_prompts(self, given: object) -> list[str | tuple[int, ...]]:
+        """A text, token ids, a list of texts, or lists of token ids. Counts come before contents: a body has room for
+        millions of either."""
+        is_list = isinstance(given, list) and bool(given) and isinstance(given[0], (str, list))
+        several: list[object] = given if is_list else [given]  # type: ignore[assignment]
+        if len(several) > self.limits.max_choices:
+            raise InvalidRequest(
+                f"prompt: must be at most {self.limits.max_choices} prompts, got {len(several)}", field="prompt"
+            )
         limit = self.limits.max_prompt_chars
         found: list[str | tuple[int, ...]] = []
         for index, prompt in enumerate(several):
-            name = f"prompt[{index}]" if several is given else "prompt"
-            unit = "characters" if isinstance(prompt, str) else "token ids"
+            name = f"prompt[{index}]" if is_list else "prompt"
+            if not isinstance(prompt, type(several[0])) or not isinstance(prompt, (str, list)):
+                raise InvalidRequest(f"prompt: {_RAW_PROMPTS}", field="prompt")
             if not 1 <= len(prompt) <= limit:
+                unit = "characters" if isinstance(prompt, str) else "token ids"
                 raise InvalidRequest(f"{name}: must have 1 to {limit} {unit}, got {len(prompt)}", field="prompt")
-            found.append(prompt if isinstance(prompt, str) else tuple(prompt))
+            if isinstance(prompt, str):
+                _check_unicode(prompt, name)
+                found.append(prompt)
+                continue
+            ids = tuple(map(whole_number, prompt))
+            if not all(type(each) is int for each in ids):
+                raise InvalidRequest(f"prompt: {_RAW_PROMPTS}", field="prompt")
+            found.append(ids)  # type: ignore[arg-type]
         return found
 
     # Chats.
 
     def _chat(self, fields: Mapping[str, Any], model: ModelName, sampling: SamplingParams) -> Request:
         tools = self._tools(fields)
+        num_chars = sum(_num_chars(message) for message in fields["messages"])
+        num_chars += sum(len(_json_text(tool, f"tools[{index}]")) for index, tool in enumerate(tools))
+        if num_chars > self.limits.max_prompt_chars:
+            raise InvalidRequest(
+                f"messages: must have at most {self.limits.max_prompt_chars} characters in all, with calls and tools, "
+                f"got {num_chars}",
+                field="messages",
+            )
         messages: list[Message] = []
         pictures: list[tuple[str, str]] = []
         for index, given in enumerate(fields["messages"]):
             messages.append(self._message(given, f"messages[{index}]", model, pictures))
-        num_chars = sum(message.num_chars for message in messages)
-        num_chars += sum(len(json.dumps(tool, ensure_ascii=False)) for tool in tools)
-        if num_chars > self.limits.max_prompt_chars:
-            raise InvalidRequest(
-                f"messages: must have at most {self.limits.max_prompt_chars} characters in all, with tools, "
-                f"got {num_chars}",
-                field="messages",
-            )
         chat = ChatOptions(
             tools=tuple(tools),
             template_values=_template_values(fields["chat_template_kwargs"]),
@@ -453,6 +528,7 @@ class OpenAIParser:
         parts: list[str | PicturePlace] = []
         for index, part in enumerate(given.content):
             if part.type == "text":
+                _check_unicode(part.text, f"{place}.content")
                 parts.append(part.text)
                 continue
             name = f"{place}.content[{index}].image_url"
@@ -468,7 +544,11 @@ class OpenAIParser:
         texts = [part for part in parts if isinstance(part, str)]
         content = "\n".join(texts) if len(texts) == len(parts) else tuple(parts)
         return Message(
-            role, content, tuple(_tool_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls))
+            role,
+            content,
+            tuple(
+                _tool_call(call, f"{place}.tool_calls[{i}]", self.limits.max_json_depth) for i, call in enumerate(calls)
+            ),
         )
 
     def _images(self, sources: list[tuple[str, str]]) -> tuple[ImageInput, ...]:
@@ -511,14 +591,46 @@ class OpenAIParser:
         ]
 
 
-def _tool_call(call: _Call, place: str) -> ToolCall:
+def _num_chars(message: _AnyMessage) -> int:
+    """Of its texts and calls."""
+    num_chars = sum(len(part.text) for part in message.content if isinstance(part, _TextPart))
+    calls = message.tool_calls if isinstance(message, _AssistantMessage) else ()
+    return num_chars + sum(len(call.function.name) + len(call.function.arguments) for call in calls)
+
+
+def _json_text(value: Any, name: str) -> str:
+    """A user's JSON value as JSON text, which anybody can read.
+
+    :raise InvalidRequest: it has lone surrogates or infinite numbers (`1e999`).
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(f"{name}: must have finite numbers only", field=name) from None
+    _check_unicode(text, name)
+    return text
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON can escape a lone surrogate, no tokenizer can encode one; Pydantic lets it pass where no bounds are set.
+
+    :raise InvalidRequest: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name}: must be valid Unicode without lone surrogates", field=name) from None
+
+
+def _tool_call(call: _Call, place: str, max_depth: int) -> ToolCall:
     name = f"{place}.function.arguments"
     try:
         arguments = load_json_object(call.function.arguments.encode("utf-8", "surrogatepass"))
     except InvalidRequest as error:
         reason = error.message.removeprefix("body: ")
         raise InvalidRequest(f"{name}: must be the text of a JSON object: {reason}", field=name) from None
-    check_depth(arguments, 64, name)
+    check_depth(arguments, max_depth, name)
+    _json_text(arguments, name)
     return ToolCall(call.function.name, arguments)
 
 
@@ -541,7 +653,7 @@ def check_depth(value: Any, limit: int, name: str) -> None:
 def _template_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Words and numbers only: what a template prints of them cannot be a control token."""
     for key, value in given.items():
-        is_word = isinstance(value, str) and len(value) <= 64 and value.replace("_", "").replace("-", "").isalnum()
+        is_word = isinstance(value, str) and _WORD.fullmatch(value)
         if not (is_word or isinstance(value, (bool, int, float))):
             raise InvalidRequest(
                 f"chat_template_kwargs.{shown_name(key)}: must be a boolean, a number or a word of at most 64 "
@@ -582,7 +694,7 @@ def _grammar(fields: Mapping[str, Any]) -> Grammar | None:
     if isinstance(form, _ObjectFormat):
         return JsonGrammar()
     # Enforced with `strict` and without: nobody is served by an answer that does not fit the schema.
-    return JsonGrammar(json.dumps(form.json_schema.schema_, ensure_ascii=False))
+    return JsonGrammar(_json_text(form.json_schema.schema_, "response_format.json_schema.schema"))
 
 
 def _tool_grammar(choice: str | _NamedTool, tools: list[_Tool], may_be_several: bool) -> ToolGrammar | None:
@@ -595,8 +707,8 @@ def _tool_grammar(choice: str | _NamedTool, tools: list[_Tool], may_be_several: 
         return None
     named = choice.function.name if isinstance(choice, _NamedTool) else None
     functions = tuple(
-        ToolFunction(tool.function.name, json.dumps(tool.function.parameters, ensure_ascii=False))
-        for tool in tools
+        ToolFunction(tool.function.name, _json_text(tool.function.parameters, f"tools[{index}].function.parameters"))
+        for index, tool in enumerate(tools)
         if named in (None, tool.function.name)
     )
     return ToolGrammar(functions, is_single=named is not None or not may_be_several, is_optional=not is_forced)
@@ -609,49 +721,67 @@ def _model(fields: Mapping[str, Any]) -> ModelName:
     return name  # type: ignore[no-any-return]
 
 
-def _validate(model: type[BaseModel], body: bytes) -> dict[str, Any]:
-    fields = {name: value for name, value in load_json_object(body).items() if value is not None}
-    for name, neutral in NEUTRAL_VALUES.items():
-        if name in fields and name not in model.model_fields and fields.pop(name) != neutral:
-            raise UnknownField(f"{name}: only {json.dumps(neutral)} is supported here", field=name)
-    for name in fields:
-        if name in UNSUPPORTED:
-            raise UnknownField(f"{name}: is not supported here", field=name)
-    return validate(model, fields)
+def _is_same(given: object, neutral: object) -> bool:
+    """As JSON: for Python, true is 1 as well."""
+    return given == neutral and isinstance(given, bool) == isinstance(neutral, bool)
+
+
+_MODEL_FIELD: Any = (Annotated[str, Field(min_length=1, json_schema_extra={"enum": list(MODEL_NAMES)})], ...)
+_RAW_PROMPTS = "must be a string, a list of strings, a list of token ids, or a list of such lists"
+_NO_EFFECT = "Taken, and without effect."
 
 
 def _common_fields(limits: Limits) -> dict[str, Any]:
     """Of both generating doors. Sampling is that of our own API, but for what OpenAI spells otherwise."""
     own = sampling_fields(limits, "avibe")
     stop_string = Annotated[str, Field(min_length=1, max_length=limits.max_stop_chars)]
-    token_id = Annotated[int, Field(ge=0)]
+    stop_strings = Annotated[list[stop_string], Field(max_length=limits.max_stop_strings)]
+    token_id = Annotated[int, Field(ge=0), BeforeValidator(whole_number)]
+    bias = Annotated[float, Field(ge=-limits.max_logit_bias, le=limits.max_logit_bias, allow_inf_nan=False)]
     return {
-        "model": (Annotated[str, Field(min_length=1, description="avibe or avision.")], ...),
+        "model": _MODEL_FIELD,
         **own,
         "max_tokens": (own["max_tokens"][0], None),
         "top_k": (
-            Annotated[int, Field(ge=-1, le=limits.max_top_k, description="Keep so many of the likeliest; 0, -1: all.")],
+            Annotated[
+                int,
+                Field(ge=-1, le=limits.max_top_k, description="Keep so many of the likeliest; 0, -1: all."),
+                BeforeValidator(whole_number),
+            ],
             None,
         ),
         "stop": (
             Annotated[
-                list[stop_string],
-                Field(max_length=limits.max_stop_strings, description="Texts before which the answer ends."),
-                BeforeValidator(_as_list),
+                stop_strings,
+                Field(description="A text before which the answer ends, or several."),
+                BeforeValidator(_as_list, json_schema_input_type=stop_string | stop_strings),
             ],
             (),
         ),
         "stop_token_ids": (
             Annotated[
-                list[token_id], Field(max_length=limits.max_stop_token_ids, description="Ids that end the answer.")
+                list[token_id],
+                Field(max_length=limits.max_stop_token_ids, description="Ids that end the answer."),
             ],
             (),
         ),
-        "n": (Annotated[int, Field(ge=1, le=limits.max_choices, description="Answers to each prompt.")], 1),
+        "n": (
+            Annotated[
+                int,
+                Field(ge=1, le=limits.max_choices, description="Answers to each prompt."),
+                BeforeValidator(whole_number),
+            ],
+            1,
+        ),
         "logit_bias": (
             Annotated[
-                dict[str, Annotated[float, Field(allow_inf_nan=False)]],
-                Field(max_length=limits.max_logit_biases, description="Token id -> what is added to its logit."),
+                dict[str, bias],
+                Field(
+                    max_length=limits.max_logit_biases,
+                    description="Token id -> what is added to its logit.",
+                    json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID.pattern}},
+                ),
+                _at_most(limits.max_logit_biases),
             ],
             {},
         ),
@@ -660,10 +790,17 @@ def _common_fields(limits: Limits) -> dict[str, Any]:
             True,
         ),
         "stream": (Annotated[bool, Field(description="Send the answer as it is made: text/event-stream.")], False),
-        "stream_options": (_StreamOptions | None, None),
-        "user": (str, ""),
-        "metadata": (dict[str, str], {}),
-        "store": (bool, False),
+        "stream_options": (Annotated[_StreamOptions | None, Field(description="Only with stream true.")], None),
+        "user": (Annotated[str, Field(description=_NO_EFFECT)], ""),
+        "metadata": (
+            Annotated[
+                dict[str, str],
+                Field(max_length=limits.max_metadata, description=_NO_EFFECT),
+                _at_most(limits.max_metadata),
+            ],
+            {},
+        ),
+        "store": (Annotated[bool, Field(description=_NO_EFFECT)], False),
     }
 
 
@@ -677,7 +814,22 @@ def _template_fields(limits: Limits) -> dict[str, Any]:
             True,
         ),
         "chat_template_kwargs": (
-            Annotated[dict[str, Any], Field(max_length=32, description="Variables of the model's chat template.")],
+            Annotated[
+                dict[str, Any],
+                Field(
+                    max_length=32,
+                    description="Variables of the model's chat template.",
+                    json_schema_extra={
+                        "additionalProperties": {
+                            "anyOf": [
+                                {"type": "boolean"},
+                                {"type": "number"},
+                                {"type": "string", "pattern": _WORD.pattern},
+                            ]
+                        }
+                    },
+                ),
+            ],
             {},
         ),
     }
@@ -692,7 +844,9 @@ def _chat_fields(limits: Limits) -> dict[str, Any]:
         "logprobs": (Annotated[bool, Field(description="Log-probabilities of the answer's tokens.")], False),
         "top_logprobs": (
             Annotated[
-                int, Field(ge=0, le=limits.max_top_logprobs, description="And of so many likeliest in their place.")
+                int,
+                Field(ge=0, le=limits.max_top_logprobs, description="And of so many likeliest in their place."),
+                BeforeValidator(whole_number),
             ],
             None,
         ),
@@ -702,33 +856,35 @@ def _chat_fields(limits: Limits) -> dict[str, Any]:
 
 def _completion_fields(limits: Limits) -> dict[str, Any]:
     own = sampling_fields(limits, "avibe")
+    text = Annotated[str, Field(min_length=1, max_length=limits.max_prompt_chars)]
+    ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=limits.max_prompt_chars)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=limits.max_choices)]
+    lists = Annotated[list[ids], Field(min_length=1, max_length=limits.max_choices)]
     return {
-        "prompt": (Annotated[Any, BeforeValidator(_check_raw_prompt)], ...),
+        "prompt": (
+            Annotated[
+                Any,
+                Field(description="A text, token ids, or a list of either."),
+                BeforeValidator(_as_given, json_schema_input_type=text | ids | texts | lists),
+            ],
+            ...,
+        ),
         "max_tokens": (own["max_tokens"][0], 16),
         "logprobs": (
             Annotated[
-                int, Field(ge=0, le=limits.max_top_logprobs, description="Likeliest tokens told for each place.")
+                int,
+                Field(ge=0, le=limits.max_top_logprobs, description="Likeliest tokens told for each place."),
+                BeforeValidator(whole_number),
             ],
             None,
         ),
     }
 
 
-def _check_raw_prompt(value: object) -> object:
-    def is_ids(each: object) -> bool:
-        return isinstance(each, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in each)
-
-    if isinstance(value, str) or is_ids(value):
-        return value
-    if isinstance(value, list) and (all(isinstance(each, str) for each in value) or all(map(is_ids, value))):
-        return value
-    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
-
-
 def _tokenize_fields(limits: Limits) -> dict[str, Any]:
     text = Annotated[str, Field(min_length=1, max_length=limits.max_prompt_chars)]
     return {
-        "model": (Annotated[str, Field(min_length=1)], ...),
+        "model": _MODEL_FIELD,
         "prompt": (text, None),
         "messages": (Annotated[list[_Message], Field(min_length=1, max_length=limits.max_messages)], None),
         **_template_fields(limits),
@@ -738,6 +894,14 @@ def _tokenize_fields(limits: Limits) -> dict[str, Any]:
 
 def _detokenize_fields(limits: Limits) -> dict[str, Any]:
     return {
-        "model": (Annotated[str, Field(min_length=1)], ...),
-        "tokens": (Annotated[list[int], Field(max_length=limits.max_prompt_chars)], ...),
+        "model": _MODEL_FIELD,
+        "tokens": (
+            # The bounds of ids are the model's to check.
+            Annotated[
+                list[Annotated[int, Field(json_schema_extra={"minimum": 0}), BeforeValidator(whole_number)]],
+                Field(max_length=limits.max_prompt_chars),
+                FailFast(),
+            ],
+            ...,
+        ),
     }

@@ -161,7 +161,7 @@ def _no_constant(name: str) -> Any:
     raise InvalidRequest(f"body: {name} is not JSON")
 
 
-def _whole_number(value: object) -> object:
+def whole_number(value: object) -> object:
     """JSON has one kind of number: 5.0 is an integer there, and for JSON Schema too."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -186,7 +186,7 @@ def sampling_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
             Annotated[
                 int,
                 Field(ge=1, le=limits.max_tokens, description="Most tokens to generate."),
-                BeforeValidator(_whole_number),
+                BeforeValidator(whole_number),
             ],
             DEFAULT_MAX_TOKENS[model],
         ),
@@ -208,7 +208,7 @@ def sampling_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
             Annotated[
                 int,
                 Field(ge=0, le=limits.max_top_k, description="Keep so many of the likeliest; 0: all."),
-                BeforeValidator(_whole_number),
+                BeforeValidator(whole_number),
             ],
             None,
         ),
@@ -246,7 +246,7 @@ def sampling_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
                     le=limits.max_tokens,
                     description="The answer does not end before so many tokens, or max_tokens.",
                 ),
-                BeforeValidator(_whole_number),
+                BeforeValidator(whole_number),
             ],
             0,
         ),
@@ -258,7 +258,7 @@ def sampling_fields(limits: Limits, model: ModelName) -> dict[str, Any]:
             Annotated[
                 int,
                 Field(ge=0, le=limits.max_seed, description="Same seed, same request, same answer."),
-                BeforeValidator(_whole_number),
+                BeforeValidator(whole_number),
             ],
             None,
         ),

@@ -56,7 +56,11 @@ class TextTokenizer:
         added = (str(self._template.id_to_token(token_id)) for token_id in self._added_ids)
         self._plain_added_tokens = tuple(token for token in added if _PLAIN.fullmatch(token))
         #: What the chat template may be told beside the chat.
-        self.template_variables = frozenset(_get_template_variables(tokenizer.chat_template)) - _OWN_VARIABLES
+        self.template_variables = (
+            frozenset(_get_template_variables(tokenizer.chat_template))
+            - _OWN_VARIABLES
+            - frozenset(tokenizer.special_tokens_map)
+        )
         #: Whether the chat template has a place for tools, and the model calls them as Qwen and Hermes do.
         self.has_tools = self._find_tools()
 
@@ -84,6 +88,11 @@ class TextTokenizer:
                 f"chat_template_kwargs.{unknown[0]}: the model's chat template has no such variable; it has: {known}",
                 field="chat_template_kwargs",
             )
+        for name, value in chat.template_values.items():
+            if isinstance(value, str) and any(token in value for token in self._plain_added_tokens):
+                raise InvalidRequest(
+                    f"chat_template_kwargs.{name}: has a control token of this model", field="chat_template_kwargs"
+                )
         if not self.has_tools and (chat.tools or any(message.tool_calls for message in messages)):
             raise ToolsUnsupported(
                 "tools: this model's chat template has none", field="tools" if chat.tools else "messages"
@@ -104,6 +113,11 @@ class TextTokenizer:
             raise InvalidRequest(
                 f"messages: refused by the model's chat template: {reason}", field="messages"
             ) from None
+        except (TypeError, ValueError):  # a variable, or a call's argument, of a type that it cannot print
+            raise InvalidRequest(
+                "messages: the model's chat template cannot show them with these variables and arguments",
+                field="messages",
+            ) from None
         return self._encode_rendered(rendered, marks)
 
     def _encode_rendered(self, rendered: str, marks: _Marks) -> list[int]:
@@ -111,6 +125,8 @@ class TextTokenizer:
         run: list[str] = []  # what was not yet encoded since the last control token
         end = 0
         for match in _Marks.PATTERN.finditer(rendered):
+            if match[1] not in marks:
+                continue  # somebody typed what looks like one where plain words are left as they are
             self._read_template(rendered[end : match.start()], run, ids)
             run.append(marks.text_of(match))
             end = match.end()
@@ -221,6 +237,9 @@ class _Marks:
         self._texts[key] = text
         self._is_quoted.add(key)
         return f'usertext{key}end"'
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._texts
 
     def text_of(self, match: re.Match[str]) -> str:
         key, quote = match[1], match[2] or ""

@@ -48,7 +48,8 @@ class ToolCallParser:
         self._held = ""  # not yet told
         self._gap = ""  # white space before the call that is being read: part of the form, unless it is no call
         self._state: Literal["text", "call", "arguments", "closing"] = "text"
-        self._scanner = _ObjectScanner()
+        self._scanner = _ObjectScanner()  # of the object that is being read
+        self._num_scanned = 0  # characters of `_held` that it has seen, in a call that is not certain
 
     def add(self, text: str) -> list[Piece]:
         self._held += text
@@ -81,6 +82,7 @@ class ToolCallParser:
             pieces.append(text)
         if found:
             self._gap, self._held, self._state = before[len(text) :], after, "call"
+            self._scanner, self._num_scanned = _ObjectScanner(), 0
             return True
         self._held = self._held[len(text) :]
         return False
@@ -96,8 +98,9 @@ class ToolCallParser:
             self._held, self._state = after.lstrip(), "arguments"
             return True
         # Arguments may hold the tag as text: what ends the call comes after its object.
-        begin = _ObjectScanner().find_end(self._held) if self._held.lstrip().startswith("{") else 0
-        end = -1 if begin is None else self._held.find(CLOSING, begin)
+        if not self._is_past_object():
+            return False
+        end = self._held.find(CLOSING, self._num_scanned)
         if end < 0:
             return False
         inside, self._held, self._state = self._held[:end], self._held[end + len(CLOSING) :], "text"
@@ -108,6 +111,15 @@ class ToolCallParser:
             pieces += [CallStart(call[0]), CallArguments(call[1])]
             self.num_calls += 1
         return True
+
+    def _is_past_object(self) -> bool:
+        """Whether the call's object has ended, at `_num_scanned`, or what is there begins with none. Each character is
+        looked at once, however many parts they come in."""
+        if self._scanner.has_ended or not self._held.lstrip().startswith("{"):
+            return True
+        found = self._scanner.find_end(self._held[self._num_scanned :])
+        self._num_scanned = len(self._held) if found is None else self._num_scanned + found
+        return found is not None
 
     def _read_arguments(self, pieces: list[Piece]) -> bool:
         self._held = self._held if self._scanner.has_begun else self._held.lstrip()
@@ -149,6 +161,7 @@ class _ObjectScanner:
 
     def __init__(self) -> None:
         self._depth = 0
+        self.has_ended = False
         self._is_string = self._is_escaped = False
 
     @property
@@ -172,5 +185,6 @@ class _ObjectScanner:
             elif char in "}]":
                 self._depth -= 1
                 if self._depth == 0:
+                    self.has_ended = True
                     return index + 1
         return None

@@ -62,13 +62,17 @@ class FakeEncoder:
     def encode_text(self, request: Request) -> list[int]:
         """The last message alone, or the raw prompt."""
         if isinstance(request, RawRequest):
-            return self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else [*request.prompt]
+            if isinstance(request.prompt, str):
+                return self.tokenizer.encode(request.prompt)
+            for index, token_id in enumerate(request.prompt):
+                self.check_id(token_id, "prompt", f"prompt[{index}]")
+            return [*request.prompt]
         content = request.messages[-1].content
         parts = (content,) if isinstance(content, str) else content
         return self.tokenizer.encode("".join(part for part in parts if isinstance(part, str)))
 
     def check_id(self, token_id: int, field: str, place: str) -> None:
-        if not 0 <= token_id < END_ID:
+        if not 0 <= token_id < END_ID:  # as `PromptEncoder.check_id`
             raise InvalidRequest(f"{place}: a token id must be less than {END_ID}, got {token_id}", field=field)
 
     def constraint(self, params: SamplingParams, check: Callable[[], None]) -> TokenConstraint | None:

@@ -132,9 +132,31 @@ def test_raw_prompts_are_texts_ids_or_lists_of_them(client: FlaskClient) -> None
         assert answer["object"] == "text_completion"
         assert [choice["text"] for choice in answer["choices"]] == expected
         assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
-    wrong: tuple[Any, ...] = ("", [], [""], [[]], [1, "a"], ["a", [1]], [True], 5, {}, [["a"]])
+    wrong: tuple[Any, ...] = ("", [], [""], [[]], [1, "a"], ["a", [1]], [True], [1.5], 5, {}, [["a"]], ["a"] * 9)
     for each in wrong:
         assert_error(post_json(client, TEXT, {"model": "avibe", "prompt": each}), "invalid_request", "prompt")
+
+
+def test_whole_numbers_are_integers_and_truth_is_no_number(client: FlaskClient) -> None:
+    """JSON has one kind of number, and other languages write 5 as 5.0."""
+    for path, fields in (
+        (TEXT, {"prompt": [97.0], "n": 2.0, "top_k": 5.0, "logprobs": 1.0, "stop_token_ids": [98.0]}),
+        (CHAT, {"messages": user("a"), "logprobs": True, "top_logprobs": 2.0}),
+        ("/v1/detokenize", {"tokens": [97.0]}),
+    ):
+        answer = post_json(client, path, {"model": "avibe", **fields})
+        assert answer.status_code == 200, answer.get_json()
+    for name, value in (("best_of", True), ("echo", 0), ("length_penalty", True)):
+        refused = post_json(client, TEXT, {"model": "avibe", "prompt": "a", name: value})
+        assert_error(refused, "unknown_field", name)
+
+
+def test_keys_of_logit_bias_are_token_ids_as_they_are_written(client: FlaskClient) -> None:
+    for key in ("05", "-1", "x", "1" * 11, "\u0665"):
+        refused = post_json(client, TEXT, {"model": "avibe", "prompt": "a", "logit_bias": {key: 1}})
+        assert "token id" in assert_error(refused, "invalid_request", "logit_bias")["message"]
+    refused = post_json(client, TEXT, {"model": "avibe", "prompt": "a", "logit_bias": {"5": 101}})
+    assert "at most 100, got 101" in assert_error(refused, "invalid_request", "logit_bias.5")["message"]
 
 
 def test_raw_prompt_generates_16_tokens_by_default(client: FlaskClient) -> None:
