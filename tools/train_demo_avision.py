@@ -83,7 +83,14 @@ def train(arguments: argparse.Namespace) -> None:
     stage = STAGES[arguments.stage]
     odd = arguments.odd_share
     mix = Mix(stage=stage, pair_share=arguments.pair_share, odd_paint_share=odd, odd_shape_share=odd)
-    plan = Plan(mix, minutes=arguments.minutes, batch_rows=arguments.batch_rows, final_share=arguments.final_share)
+    plan = Plan(
+        mix,
+        minutes=arguments.minutes,
+        batch_rows=arguments.batch_rows,
+        rate=Plan.rate * arguments.rate_share,
+        other_rate=Plan.other_rate * arguments.rate_share,
+        final_share=arguments.final_share,
+    )
     exams = {
         "seen": Exam(tokenizer, mix, num_rows=4 * plan.batch_rows, batch_rows=plan.batch_rows, seed="exam"),
         "held out": Exam(
@@ -112,6 +119,15 @@ def train(arguments: argparse.Namespace) -> None:
     for name, exam in exams.items():
         bar.write(f"step {trainer.num_steps}, {name}: {table(exam.score(trainer))}")
     bar.close()
+
+
+def average(arguments: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(arguments.work)
+    trainer = Trainer(Learner(make_model(tokenizer, SEED)), tokenizer, arguments.work)
+    if not trainer.load():
+        raise SystemExit(f"There is no checkpoint in {arguments.work} yet: train first.")
+    trainer.average_with(arguments.other, arguments.share)
+    trainer.save()
 
 
 def write(arguments: argparse.Namespace) -> None:
@@ -175,12 +191,17 @@ def main(argv: list[str] | None = None) -> int:
     training.add_argument("--minutes", type=float, required=True)
     training.add_argument("--batch-rows", type=int, default=Plan.batch_rows, help="pictures with their questions")
     training.add_argument("--final-share", type=float, default=Plan.final_share, help="of the rates at the end; 1: all")
+    training.add_argument("--rate-share", type=float, default=1.0, help="of the usual rates, from the beginning")
     training.add_argument("--pair-share", type=float, default=Mix.pair_share, help="of rows with two pictures")
     training.add_argument(
         "--odd-share", type=float, default=Mix.odd_paint_share, help="of rows in odd colours, and of rows of odd shapes"
     )
     training.add_argument("--exam-every", type=int, default=6, help="in reports of 50 steps; default: 6")
     training.set_defaults(run=train)
+    averaging = commands.add_parser("average", help="average the checkpoint's weights with another checkpoint's")
+    averaging.add_argument("other", type=Path, help="a copy of an earlier checkpoint.pt")
+    averaging.add_argument("--share", type=float, default=0.5, help="of the other one; default: half")
+    averaging.set_defaults(run=average)
     writing = commands.add_parser("write", help="the checkpoint as a snapshot that the service loads")
     writing.add_argument("--output", type=Path, default=PROJECT / "vision" / "demo", help="default: vision/demo")
     writing.add_argument("--scores", type=Path, help="for the model card: a file of tools/evaluate_demo_avision.py")

@@ -230,6 +230,19 @@ class Trainer:
         self.num_steps = state["num_steps"]
         return True
 
+    def average_with(self, checkpoint: Path, share: float) -> None:
+        """Replace the weights by an average with those of another checkpoint of the same training, and forget the
+        optimizers' state. Two ends of training err on different pictures, and their average errs less (model soups,
+        arXiv:2203.05482).
+
+        :param share: of the other checkpoint.
+        """
+        other = torch.load(checkpoint, weights_only=True)["learner"]
+        own = self.learner.state_dict()
+        self.learner.load_state_dict({name: torch.lerp(own[name], other[name], share) for name in own})
+        for optimizer in (self._muon, self._adam):
+            optimizer.state.clear()
+
     def save(self) -> None:
         state = {
             "learner": self.learner.state_dict(),
