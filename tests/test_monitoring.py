@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
+import shutil
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import yaml
 from flask import Flask
 
 from tests.proxies import OPS, free_port, need, rewritten, tool
-from tests.test_docs import MANUAL, known_metrics
+from tests.test_docs import ARCHITECTURE, MANUAL, known_metrics
 from tests.test_keys import make as make_key
 from tests.test_server import GENEROUS_S, Server, in_threads
 
@@ -83,6 +87,8 @@ def test_alerts_and_runbook_belong_together() -> None:
     text = MANUAL.read_text(encoding="utf-8")
     entries = re.findall(r"^### (Avito\w+)$", text, re.MULTILINE)
     assert sorted(entries) == sorted(alerts())
+    drawn = re.findall(r"(\d+) alerts", ARCHITECTURE.read_text(encoding="utf-8"))
+    assert {int(number) for number in drawn} == {len(alerts())}
     for name, alert in alerts().items():
         assert alert["annotations"].keys() == {"summary", "description", "runbook"}
         assert alert["annotations"]["runbook"] == f"{MANUAL.name}#{name.lower()}"
@@ -134,6 +140,92 @@ def test_messages_lead_to_the_runbook(tmp_path: Path) -> None:
     )
     assert message.startswith("[FIRING] critical: AvitoHung on host1: It hangs\nNo step\n")
     assert f"/{MANUAL.name}#avitohung" in message
+
+
+# A real Alertmanager.
+
+
+class Slack(BaseHTTPRequestHandler):
+    """Takes messages as Slack's webhook does."""
+
+    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def do_POST(self) -> None:
+        self.messages.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        return
+
+
+@pytest.fixture
+def slack() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slack)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/hook"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_critical_alert_reaches_slack_with_its_link_and_what_follows_from_it_does_not(
+    tmp_path: Path, slack: str
+) -> None:
+    need("prometheus-alertmanager")
+    (tmp_path / "webhook").write_text(slack)
+    (tmp_path / "password").write_text("none")
+    places = {
+        "/etc/prometheus/secrets/slack-webhook": (str(tmp_path / "webhook"), 1),
+        "/etc/prometheus/secrets/smtp-password": (str(tmp_path / "password"), 1),
+        "mail.example.org:587": ("127.0.0.1:1", 1),
+        "group_wait: 10s": ("group_wait: 1s", 1),
+    }
+    (tmp_path / "alertmanager.yml").write_text(rewritten(ALERTMANAGER, places))
+    shutil.copytree(OPS / "alertmanager", tmp_path / "alertmanager_templates")
+    port = free_port()
+    command = [tool("prometheus-alertmanager"), f"--config.file={tmp_path}/alertmanager.yml"]
+    command += [
+        f"--web.listen-address=127.0.0.1:{port}",
+        f"--storage.path={tmp_path}/data",
+        "--cluster.listen-address=",
+    ]
+    names = ("AvitoNotReady", "AvitoErrors", "AvitoHung")
+    posted = [
+        {
+            "labels": {"alertname": name, "instance": "host1", "severity": alerts()[name]["labels"]["severity"]},
+            "annotations": {"summary": f"{name} it is", "runbook": alerts()[name]["annotations"]["runbook"]},
+        }
+        for name in names
+    ]
+    with (tmp_path / "log").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + GENEROUS_S
+        while True:
+            url = f"http://127.0.0.1:{port}/api/v2/alerts"
+            headers = {"Content-Type": "application/json"}
+            try:
+                urllib.request.urlopen(urllib.request.Request(url, json.dumps(posted).encode(), headers)).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+        message = Slack.messages.get(timeout=GENEROUS_S)
+        (attachment,) = message["attachments"]
+        assert attachment["title"] == "[FIRING] critical: AvitoHung on host1"
+        assert attachment["title_link"].endswith(f"/{MANUAL.name}#avitohung")
+        assert "AvitoHung it is" in attachment["text"]
+        with urllib.request.urlopen(url) as response:
+            states = json.load(response)
+        held_back = {each["labels"]["alertname"] for each in states if each["status"]["state"] == "suppressed"}
+        assert held_back == {"AvitoNotReady", "AvitoErrors"}
+        assert Slack.messages.empty()
+    finally:
+        process.kill()
+        process.wait(GENEROUS_S)
 
 
 # A real Prometheus.
