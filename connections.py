@@ -220,4 +220,4 @@ class ServerLogger(glogging.Logger):  # type: ignore[misc]
         return
 
     def reopen_files(self) -> None:
-        return  # WatchedFileHandler notices by itself
+        return  # logs.LogFile notices by itself

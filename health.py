@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from flask import Blueprint, Response, g, jsonify, request
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, ProcessCollector, generate_latest
 
 from access import Access, bearer
 from accounting import Ledger
@@ -288,6 +288,8 @@ def _export_machine(
 
         return read
 
+    # The usual process_... names: when the worker started, its CPU time, its file descriptors.
+    ProcessCollector(registry=registry)
     gauge("avito_ready", "1 if every configured model serves.", lambda: float(service.snapshot().is_ready))
     gauge(
         "avito_keys_file_ok",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+import logging.handlers
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,31 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False).translate(_ESCAPES)
 
 
+class LogFile(logging.handlers.WatchedFileHandler):
+    """Opens its file anew when logrotate has moved it away.
+
+    A file that cannot be opened any more costs its own lines, which stdout has as well, and never the request that
+    logs: the class above would raise into it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 def logging_config(settings: Settings) -> dict[str, Any]:
     """A configuration for `logging.config.dictConfig`: stdout, and `AVITO_LOG_FILE` if it is set.
 
-    The file handler reopens its file when logrotate has moved it away.
+    :return: plain data, but for the classes of our own.
     """
     handlers: dict[str, Any] = {
         "stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"},
     }
     if settings.log_file:
         handlers["file"] = {
-            "class": "logging.handlers.WatchedFileHandler",
+            "()": LogFile,
             "filename": settings.log_file,
             "encoding": "utf-8",
         }

@@ -77,3 +77,16 @@ def test_rotated_file_is_reopened(configured: Any, tmp_path: Path) -> None:
     log.info("two")
     assert "one" in (tmp_path / "app.log.1").read_text()
     assert "two" in file.read_text()
+
+
+def test_file_that_cannot_be_opened_again_costs_no_request(configured: Any, tmp_path: Path, capfd: Any) -> None:
+    file = configured("text")
+    log = logging.getLogger("avito.test")
+    file.unlink()
+    file.mkdir()
+    log.info("for stdout alone")
+    file.rmdir()
+    log.info("for both")
+    assert file.read_text().splitlines()[0].endswith("for both")
+    shown = capfd.readouterr()
+    assert "for stdout alone" in shown.out and "Logging error" in shown.err
