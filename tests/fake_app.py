@@ -1,6 +1,7 @@
 """The application over a fake model, for the real server: `gunicorn -c gunicorn_config.py "tests.fake_app:create()"`.
 
-The runner echoes the prompt, one token a step. A prompt that begins with `hang` stops the engine for good.
+The runner echoes the prompt, one token a step. A prompt that begins with `hang` stops the engine for good. There is
+Avibe, and Avision too where the settings name a path for it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from flask import Flask
 
 from app_production import create_app
 from config import load_settings
+from models.engine.scheduler import Row
 from models.engine.sequence import Sequence
+from models.schemas import ModelName
 from models.service import ModelService
-from tests.fakes import EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
+from tests.fakes import END_ID, EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
 from tests.test_snapshots import make_snapshot
 
 
@@ -28,13 +31,22 @@ class LongRunner(EchoRunner):
         return
 
 
+class MuteRunner(LongRunner):
+    """Ends every answer before its first token."""
+
+    @staticmethod
+    def _next(row: Row) -> int:
+        return END_ID
+
+
 def make_folder(root: Path) -> Path:
     """A snapshot that passes the checks at start; nothing of it is loaded."""
     return make_snapshot(root / "snapshot")
 
 
-def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None = None) -> Flask:
+def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None = None, is_mute: bool = False) -> Flask:
     """:param step_s: how long a step takes. :param load_s: how long loading takes.
+    :param is_mute: every answer is empty.
     :param keep_alive_s: how often a silent stream sends a comment; None: as in production.
     """
 
@@ -44,7 +56,9 @@ def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None 
         time.sleep(step_s)
 
     settings = load_settings()
-    models = {"avibe": FakeLoaded(LongRunner(before_step if step_s else None))}
+    kind = MuteRunner if is_mute else LongRunner
+    names: list[ModelName] = ["avibe", "avision"] if settings.avision_model_path else ["avibe"]
+    models = {name: FakeLoaded(kind(before_step if step_s else None)) for name in names}
     load = FakeLoad(models)
     if load_s:
         load.gate.clear()
@@ -54,6 +68,6 @@ def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None 
     limits = settings.limits
     if keep_alive_s is not None:
         limits = replace(limits, keep_alive_interval_s=keep_alive_s, client_check_interval_s=keep_alive_s)
-    service = ModelService({"avibe": fake_snapshot("avibe")}, limits, load=load)
+    service = ModelService({name: fake_snapshot(name) for name in names}, limits, load=load)
     service.start()
     return create_app(settings, service)
