@@ -515,8 +515,12 @@ class Host:
         return not self.options.is_whole_host  # users know no prefix
 
     def make_user(self) -> None:
+        """:raise Refused: useradd did not."""
         command = ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", f"/var/lib/{NAME}"]
-        subprocess.run([*command, "--shell", "/usr/sbin/nologin", NAME], check=True)
+        command += ["--shell", "/usr/sbin/nologin", NAME]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise Refused([f"the user {NAME} could not be made: {result.stderr.strip()}"])
 
     def make_folders(self) -> None:
         for folder, mode in self.service_folders.items():
@@ -840,10 +844,8 @@ def run_releases(host: Host) -> None:
 def run_uninstall(host: Host, *, is_purge: bool, is_sure: bool, is_dry: bool) -> None:
     """Take the service off the host.
 
-    :raise Refused: not root, or the operator did not agree.
+    :raise Refused: the operator did not agree.
     """
-    if host.options.is_whole_host and (problems := preflight.check_root(host.options.uid)):
-        raise Refused(problems)
     gone = [host.unit_file, host.settings_drop_in, host.logrotate_file, host.at(f"/var/cache/{NAME}"), host.base]
     kept = [host.settings_file.parent, host.at(f"/var/log/{NAME}"), host.at(f"/var/lib/{NAME}")]
     if is_purge:
@@ -907,6 +909,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    os.umask(0o022)  # the service reads what root makes; where it must not, the mode is said
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes is no reason to stop half-way
     try:
         host = Host(Options.read(os.environ))
@@ -930,18 +933,23 @@ def run_command(host: Host, arguments: argparse.Namespace) -> None:
         run_production(host, is_dry=True)
     elif arguments.dry_run and arguments.command == "rollback":
         run_rollback(host, arguments.release, is_dry=True)
-    elif arguments.command == "uninstall":
-        run_uninstall(host, is_purge=arguments.purge, is_sure=arguments.yes, is_dry=arguments.dry_run)
+    elif arguments.command == "uninstall" and arguments.dry_run:
+        run_uninstall(host, is_purge=arguments.purge, is_sure=False, is_dry=True)
     else:
+        # Alone, for without it the rest cannot even be looked at.
         if host.options.is_whole_host and (problems := preflight.check_root(host.options.uid)):
             raise Refused(problems)
         with host.locked():
             try:
-                if arguments.command == "production":
+                if arguments.command == "uninstall":
+                    run_uninstall(host, is_purge=arguments.purge, is_sure=arguments.yes, is_dry=False)
+                elif arguments.command == "production":
                     run_production(host, is_dry=False)
                 else:
                     run_rollback(host, arguments.release, is_dry=False)
             except (Refused, Interrupted) as error:
+                if arguments.command == "uninstall":
+                    raise
                 mend_or_raise(host, error)
 
 
