@@ -279,16 +279,16 @@ def test_every_wrong_setting_is_told_before_the_old_release_is_stopped(place: Pl
     assert (place.version(), place.state()) == ("2.0.0", state)
 
 
-def test_settings_that_break_the_start_are_rolled_back_too_and_the_file_stays_as_it_was(place: Place, v2: Path) -> None:
-    """They pass every check before: what kind of storage there is shows only when the worker opens it."""
+def test_settings_that_fail_the_trial_are_rolled_back_too_and_the_file_stays_as_it_was(place: Place, v2: Path) -> None:
+    """They pass every check before: prompts so short are a setting like others, but the trial's is longer."""
     good = place.settings.read_text()
-    bad = good.replace("AVITO_RATE_LIMIT_STORAGE_URI=memory://", "AVITO_RATE_LIMIT_STORAGE_URI=redis+other://x")
+    bad = good.replace("AVITO_MAX_PROMPT_CHARS=100000", "AVITO_MAX_PROMPT_CHARS=5")
     assert bad != good
     try:
         place.settings.write_text(bad)
         code, output = place.deploy(v2)
         assert code == 1
-        assert "answers again" in output
+        assert "prompt" in output and "answers again" in output
         assert (place.version(), place.settings.read_text()) == ("2.0.0", bad)
     finally:
         place.settings.write_text(good)
