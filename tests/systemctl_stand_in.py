@@ -1,8 +1,9 @@
 """Stands in for systemctl and journalctl where there is no systemd: starts and stops the installed unit for real.
 
 What it takes from the unit and its drop-ins: ExecStart, WorkingDirectory, Environment, EnvironmentFile, Type=notify
-(its own NOTIFY_SOCKET) and TimeoutStopSec. What it leaves out: users, hardening, restarts, the start limit, the
-watchdog. DEPLOY_PREFIX says where the unit folder lies. `journal` prints the end of what the service wrote.
+(its own NOTIFY_SOCKET), TimeoutStopSec, and with the prefix / the user. What it leaves out: hardening, restarts, the
+start limit, the watchdog. DEPLOY_PREFIX says where the unit folder lies. `journal` prints the end of what the service
+wrote.
 
     DEPLOY_SYSTEMCTL="python tests/systemctl_stand_in.py" DEPLOY_JOURNALCTL="$DEPLOY_SYSTEMCTL journal"
 """
@@ -104,6 +105,7 @@ def supervise(lock: int) -> None:
     signal.set_wakeup_fd(wakened, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.signal(signal.SIGTERM, lambda number, frame: is_asked_to_stop.append(number))
+    user = values_of(unit, "User")[-1] if Path("/") == PREFIX else None
     with JOURNAL.open("ab") as journal:
         process = subprocess.Popen(
             shlex.split(values_of(unit, "ExecStart")[-1]),
@@ -113,6 +115,9 @@ def supervise(lock: int) -> None:
             stderr=journal,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
         )
     state = "activating" if is_notify else "active"
     deadline: float | None = None

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,6 +45,7 @@ MODEL_FOLDERS = {"vibe": set[str](), "vision": {"demo"}}  # and what of them com
 START_LIMIT_S = 60.0  # from `systemctl start` to a process, and from ready to systemd's having heard of it
 DRAIN_MARGIN_S = 30.0
 POLL_S = 0.1
+UNPACKING = "unpacking (minutes, on a slow disk)"
 
 # What the first settings file has instead of the values in .env.example.
 FIRST_SETTINGS = {
@@ -110,10 +111,12 @@ class State:
 
 
 def read_state(file: Path) -> State:
+    """Fields that this version does not know, which a later one wrote, are left out."""
     try:
-        return State(**json.loads(file.read_text(encoding="utf-8")))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return State()
+    return State(**{known.name: values[known.name] for known in fields(State) if known.name in values})
 
 
 def write_atomically(file: Path, data: bytes, mode: int = 0o644) -> None:
@@ -549,7 +552,7 @@ class Host:
             for line in process.stdout:
                 last = [*last[-9:], line.rstrip()]
                 if re.search(line_of_interest, line):
-                    say(f"  {line.strip()}")
+                    say(f"  {UNPACKING if line.startswith('Installing collected') else line.strip()}")
         if process.returncode != 0:
             raise Refused([f"the packages could not be installed: {' / '.join(last)}"])
 
@@ -685,9 +688,8 @@ def check_host(host: Host, settings: Mapping[str, str], unit: str, needed_bytes:
     """Every problem that can be seen before anything is installed."""
     options, environment = host.options, preflight.read_unit_environment(unit) | dict(settings)
     pid = host.main_pid()
-    is_running = bool(pid)
-    in_force = preflight.read_environment_file(host.settings_in_force())
-    our_port = int(in_force.get("AVITO_PORT") or 8085) if is_running else None
+    port = preflight.read_environment_file(host.settings_in_force()).get("AVITO_PORT", "8085")
+    our_port = int(port) if pid and port.isdecimal() else None
     problems = []
     if options.is_whole_host:
         release_file = Path("/etc/os-release")
@@ -735,7 +737,8 @@ def run_production(host: Host, *, is_dry: bool) -> None:
     venv = venv_name(host.source, index_url)
     name = release_name(host.source, venv)
     is_installed = (host.venvs / venv).exists()
-    venv_bytes = preflight.VENV_BYTES_CPU if preflight.is_cpu(settings) else preflight.VENV_BYTES_CUDA
+    is_small = preflight.is_cpu(settings) and bool(index_url)
+    venv_bytes = preflight.VENV_BYTES_CPU if is_small else preflight.VENV_BYTES_CUDA
     unit_source = host.source / f"{NAME}.service"
     unit = host.placed(unit_source.read_text(encoding="utf-8")) if unit_source.is_file() else ""
     state = host.state

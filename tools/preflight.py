@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 GB = 10**9
 MIB = 1024**2
-# Packages as installed, and pip's copies beside them while it works. torch for a card brings CUDA's libraries.
-VENV_BYTES_CUDA = 14 * GB
+# Packages as installed, and pip's copies beside them while it works. The usual torch brings CUDA's libraries: 2.8 GB to
+# download, 5 GB unpacked. A build for CPUs comes from an index of its own.
+VENV_BYTES_CUDA = 12 * GB
 VENV_BYTES_CPU = 4 * GB
 RELEASE_BYTES = GB // 4
 # The oldest driver of each CUDA generation (NVIDIA, "CUDA Compatibility", minor version compatibility).
