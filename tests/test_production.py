@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,34 @@ def test_settings_that_fail_the_trial_are_rolled_back_too_and_the_file_stays_as_
     assert not list(place.prefix.glob("etc/systemd/system/avito-ai.service.d/*"))
 
 
+def test_a_run_that_is_refused_still_mends_what_a_killed_one_left(place: Place, v2: Path) -> None:
+    state = place.state()
+    cut_off = replace(state, switching_to=state.good)
+    deploy_production.write_atomically(place.base / "state.json", json.dumps(asdict(cut_off)).encode())
+    good = place.settings.read_text()
+    place.stop()
+    try:
+        place.settings.write_text(good + "AVITO_NO_SUCH=1\n")
+        code, output = place.deploy(v2)
+    finally:
+        place.settings.write_text(good)
+    assert code == 1
+    assert "AVITO_NO_SUCH: no such setting" in output and "answers again" in output
+    assert (place.version(), place.state().switching_to) == ("2.0.0", None)
+
+
+def test_sigterm_in_the_middle_of_a_switch_goes_back_before_it_ends(
+    place: Place, v2: Path, wait_until: Callable[..., None]
+) -> None:
+    process = place.start(place.project("3.0.0-late", "create(load_s=100000)"), "production")
+    wait_until(lambda: place.state().switching_to is not None, "the switch")
+    process.terminate()
+    output, _ = process.communicate(timeout=3 * GENEROUS_S)
+    assert process.returncode == 1
+    assert "was not taken: interrupted" in output and "answers again" in output
+    assert place.version() == "2.0.0"
+
+
 def test_rollback_goes_to_the_previous_release_and_back(place: Place, v2: Path) -> None:
     project = place.project("4.0.0")
     assert place.deploy(project)[0] == 0
@@ -436,6 +465,23 @@ def test_numbers_that_are_none_are_refused_together() -> None:
     with pytest.raises(deploy_production.Refused) as caught:
         deploy_production.Options.read({"DEPLOY_READY_TIMEOUT_S": "soon", "DEPLOY_KEEP_RELEASES": "-1"})
     assert len(caught.value.problems) == 2
+
+
+def test_a_first_release_that_does_not_prove_itself_leaves_nothing_running_and_the_next_is_taken(
+    tmp_path: Path,
+) -> None:
+    place = Place(tmp_path)
+    try:
+        code, output = place.deploy(place.project("1.0.0", "absent()"))
+        assert code == 1
+        assert "There is none to go back to, so the service is stopped" in output
+        assert (place.state().good, place.state().switching_to) == (None, None)
+        assert not (place.base / "current").is_symlink()
+        code, output = place.deploy(place.project("1.0.1"))
+        assert code == 0, output
+        assert place.version() == "1.0.1"
+    finally:
+        place.stop()
 
 
 def test_uninstall_asks_keeps_settings_and_logs_and_purge_takes_them_too(tmp_path: Path) -> None:
