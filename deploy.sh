@@ -25,9 +25,16 @@ Usage: ./deploy.sh COMMAND
   logs          follow its log (--no-follow: only print the end)
   check         print the settings in effect, or what is wrong with them
   venv          only make .venv (--dev: with what the tests need)
+  production    on this host, under systemd: check it, install this version as a release of its own, make it
+                current, try it out; go back by itself if that fails (--dry-run: only say what would be done)
+  rollback      make the previous release current again, or the one named (--dry-run)
+  releases      list the releases on this host
+  uninstall     take the service off this host; settings, logs and state stay (--purge: they go too;
+                --yes: do not ask; --dry-run)
   help          print this
 
-Settings come from the environment, then from .env (see .env.example).
+Settings come from the environment, then from .env (see .env.example); those of production from
+/etc/avito-ai/avito-ai.env alone.
 END
 }
 
@@ -360,6 +367,21 @@ cmd_venv() {
     esac
 }
 
+# ---------------------------------------------------------------------------------------- production
+
+# All four: tools/deploy_production.py, with the Python that the release's .venv is made from. Neither this
+# folder's .venv nor its .env has a part in it.
+run_production_command() {
+    local python
+    python=$(find_python)
+    PYTHONDONTWRITEBYTECODE=1 exec "$python" -m tools.deploy_production "$@"
+}
+
+cmd_production() { run_production_command production "$@"; }
+cmd_rollback() { run_production_command rollback "$@"; }
+cmd_releases() { run_production_command releases "$@"; }
+cmd_uninstall() { run_production_command uninstall "$@"; }
+
 refuse() {
     printf "Error: %s; './deploy.sh help' lists what there is\n" "$1" >&2
     exit 2
@@ -370,12 +392,13 @@ main() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     case ${1:-} in
-        logs | venv) ;;
+        logs | venv | production | rollback | uninstall) ;;
         *) [[ $# -le 1 ]] || refuse "the command '$1' takes no argument" ;;
     esac
     case "$*" in
         development | restart | stop | status | check) "cmd_$1" ;;
         logs | 'logs --no-follow' | venv | 'venv --dev') "cmd_$1" "${@:2}" ;;
+        production | production\ * | rollback | rollback\ * | releases | uninstall | uninstall\ *) "cmd_$1" "${@:2}" ;;
         help | -h | --help) usage ;;
         "") refuse "which command?" ;;
         logs* | venv*) refuse "unknown arguments '$*'" ;;

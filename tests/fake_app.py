@@ -16,11 +16,12 @@ from flask import Flask
 
 from app_production import create_app
 from config import load_settings
+from models.engine.scheduler import Row
 from models.engine.sequence import Sequence
 from models.errors import NumericError
 from models.schemas import ModelName
 from models.service import ModelService
-from tests.fakes import EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
+from tests.fakes import END_ID, EchoRunner, FakeLoad, FakeLoaded, fake_snapshot
 from tests.test_snapshots import make_snapshot
 
 
@@ -31,13 +32,22 @@ class LongRunner(EchoRunner):
         return
 
 
+class MuteRunner(LongRunner):
+    """Ends every answer before its first token."""
+
+    @staticmethod
+    def _next(row: Row) -> int:
+        return END_ID
+
+
 def make_folder(root: Path) -> Path:
     """A snapshot that passes the checks at start; nothing of it is loaded."""
     return make_snapshot(root / "snapshot")
 
 
-def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None = None) -> Flask:
+def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None = None, is_mute: bool = False) -> Flask:
     """:param step_s: how long a step takes. :param load_s: how long loading takes.
+    :param is_mute: every answer is empty.
     :param keep_alive_s: how often a silent stream sends a comment; None: as in production.
     """
 
@@ -49,8 +59,9 @@ def create(step_s: float = 0.0, load_s: float = 0.0, keep_alive_s: float | None 
         time.sleep(step_s)
 
     settings = load_settings()
-    names: list[ModelName] = ["avibe", *(["avision"] if settings.avision_model_path else [])]  # type: ignore[list-item]
-    models = {name: FakeLoaded(LongRunner(before_step if step_s else None)) for name in names}
+    kind = MuteRunner if is_mute else LongRunner
+    names: list[ModelName] = ["avibe", "avision"] if settings.avision_model_path else ["avibe"]
+    models = {name: FakeLoaded(kind(before_step if step_s else None)) for name in names}
     load = FakeLoad(models)
     if load_s:
         load.gate.clear()

@@ -45,7 +45,7 @@ def deploy(folder: Path, *arguments: str, cwd: Path | None = None, path: str = "
 # ------------------------------------------------------------------------------------------- deploy.sh
 
 
-@pytest.mark.parametrize("script", ["deploy.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["deploy.sh", ".ci/run", "ops/try_deploy.sh"])
 def test_scripts_are_clean_for_shellcheck(script):
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
@@ -62,6 +62,7 @@ def test_scripts_are_clean_for_shellcheck(script):
         (["stop", "now"], "the command 'stop' takes no argument"),
         (["logs", "--fast"], "unknown arguments 'logs --fast'"),
         (["venv", "--dev", "x"], "unknown arguments 'venv --dev x'"),
+        (["releases", "x"], "the command 'releases' takes no argument"),
     ],
 )
 def test_unknown_words_are_refused_in_one_sentence_with_exit_code_2(folder, arguments, complaint):
@@ -345,14 +346,24 @@ def completion(text: str, *, is_demo: bool) -> tuple[int, bytes]:
 
 HEALTH = (200, b'{"status": "healthy", "version": "1", "uptime_seconds": 1, "models": {}}')
 METRICS = (200, b'{"system": {}, "gpu": {}, "application": {}}')
+PROMETHEUS = (200, b'avito_model_ready{model="avibe"} 1.0\navito_model_ready{model="avision"} 1.0\n')
+ONLY_AVIBE = (200, b'avito_model_ready{model="avibe"} 1.0\n')
+STREAM = (200, b": waiting\n\nevent: delta\ndata: {}\n\nevent: done\ndata: {}\n\n")
+SAID = ["/api/health: 200, healthy", "/api/metrics: 200", "/metrics: 200"]
 BOTH = Settings.model_validate({"AVIBE_MODEL_PATH": "a", "AVISION_MODEL_PATH": "b"})
 
 
 @pytest.mark.parametrize(
     "service",
     [
-        [completion("Paris.", is_demo=True), completion(service_client.DRAWING_SHOWS, is_demo=True), HEALTH, METRICS],
-        [completion("Paris.", is_demo=False), completion("A house, and more.", is_demo=False), HEALTH, METRICS],
+        [
+            *(completion("Paris.", is_demo=True), STREAM, completion(service_client.DRAWING_SHOWS, is_demo=True)),
+            *(HEALTH, METRICS, PROMETHEUS),
+        ],
+        [
+            *(completion("Paris.", is_demo=False), STREAM, completion("A house, and more.", is_demo=False)),
+            *(HEALTH, METRICS, PROMETHEUS),
+        ],
     ],
     indirect=True,
     ids=["embedded", "real"],
@@ -360,12 +371,14 @@ BOTH = Settings.model_validate({"AVIBE_MODEL_PATH": "a", "AVISION_MODEL_PATH": "
 def test_trying_out_asks_both_models_and_shows_a_drawing(service):
     said: list[str] = []
     service_client.try_out(service, BOTH, say=said.append)
-    assert [line.split(":")[0] for line in said[:6:3]] == ["Asked", "Asked"]
-    assert "shapes.png" in said[3] and said[6:] == ["/api/health: 200, healthy", "/api/metrics: 200"]
+    assert [said[at].split(":")[0] for at in (0, 1, 3, 4, 5)] == ["Asked", "Avibe", "Streamed", "Asked", "Avision"]
+    assert "shapes.png" in said[4] and said[7:] == SAID
 
 
 @pytest.mark.parametrize(
-    "service", [[completion("Paris.", is_demo=True), completion("A small blue moon.", is_demo=True)]], indirect=True
+    "service",
+    [[completion("Paris.", is_demo=True), STREAM, completion("A small blue moon.", is_demo=True)]],
+    indirect=True,
 )
 def test_an_embedded_avision_that_does_not_see_fails_the_trial(service):
     with pytest.raises(service_client.Failed, match=r"does not see what shapes.png shows, which is: A large red house"):
@@ -380,22 +393,49 @@ def test_an_answer_that_is_no_json_object_is_a_failure_with_its_address(service)
 
 @pytest.mark.parametrize(
     "service",
-    [[completion("Paris.", is_demo=True), completion(service_client.DRAWING_SHOWS, is_demo=True), HEALTH, METRICS]],
+    [
+        [
+            *(completion("Paris.", is_demo=True), STREAM, completion(service_client.DRAWING_SHOWS, is_demo=True)),
+            *(HEALTH, METRICS, PROMETHEUS),
+        ]
+    ],
     indirect=True,
 )
 def test_trying_out_a_service_with_keys_sends_the_one_it_was_given(service, authorizations):
     with_keys = BOTH.model_copy(update={"keys_file": "keys.json"})
     service_client.try_out(service, with_keys, say=lambda line: None, key="avito_x")
-    assert authorizations == ["Bearer avito_x"] * 2
+    assert authorizations == ["Bearer avito_x"] * 3
 
 
-@pytest.mark.parametrize("service", [[HEALTH, METRICS]], indirect=True)
+@pytest.mark.parametrize(
+    ("service", "complaint"),
+    [
+        ([(503, b"")], "answered 503"),
+        ([(200, b": waiting\n\nevent: delta\ndata: {}\n\n")], "streamed delta instead of deltas and done"),
+        ([(200, b"event: error\ndata: {}\n\n")], "streamed error instead"),
+    ],
+    indirect=["service"],
+)
+def test_a_stream_that_does_not_end_well_fails_the_trial(service, complaint):
+    with pytest.raises(service_client.Failed, match=complaint):
+        service_client.ask_stream(service, service_client.TEXT_DOOR, service_client.PROOF, deadline_s=5)
+
+
+@pytest.mark.parametrize(
+    "service", [[HEALTH, METRICS, (200, b'avito_model_ready{model="avibe"} 1.0\n')]], indirect=True
+)
+def test_metrics_that_do_not_tell_of_a_model_fail_the_trial(service):
+    with_keys = BOTH.model_copy(update={"keys_file": "keys.json"})
+    with pytest.raises(service_client.Failed, match="does not tell that avision can serve"):
+        service_client.try_out(service, with_keys, say=lambda line: None)
+
+
+@pytest.mark.parametrize("service", [[HEALTH, METRICS, PROMETHEUS]], indirect=True)
 def test_trying_out_a_service_with_keys_and_without_one_says_that_the_models_are_not_asked(service, authorizations):
     said: list[str] = []
     service_client.try_out(service, BOTH.model_copy(update={"keys_file": "keys.json"}), say=said.append)
     assert said == [
         "Keys are on and DEPLOY_API_KEY has none, so the models are not asked",
-        "/api/health: 200, healthy",
-        "/api/metrics: 200",
+        *SAID,
     ]
     assert authorizations == []

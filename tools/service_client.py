@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import http.client
 import json
 import os
 import sys
@@ -27,6 +28,9 @@ POLL_S = 0.2
 POLL_TIMEOUT_S = 5
 SAY_AGAIN_S = 10  # after that long without news, waiting says what it waits for
 MAX_RETRY_AFTER_S = 65
+
+# One metric that each configured model has at /metrics.
+READY_METRIC = 'avito_model_ready{model="%s"} 1.0'
 
 # A key for the trial, where the service asks for keys.
 KEY_VARIABLE = "DEPLOY_API_KEY"
@@ -71,19 +75,7 @@ class Service:
 
         :raise Failed: if nobody answers in time, or with something else than a JSON object.
         """
-        headers = {"Content-Type": "application/json"} if payload is not None else {}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        data = json.dumps(payload).encode() if payload is not None else None
-        request = urllib.request.Request(self.url + path, data=data, headers=headers)
-        try:
-            with self._opener.open(request, timeout=timeout_s) as response:
-                status, text, after = response.status, response.read(), None
-        except urllib.error.HTTPError as error:
-            with error:
-                status, text, after = error.code, error.read(), error.headers.get("Retry-After")
-        except OSError as error:
-            raise Failed(f"{self.url}{path} does not answer: {getattr(error, 'reason', error)}") from error
+        status, text, after = self._open(path, payload, timeout_s, token)
         try:
             body = json.loads(text)
         except ValueError:
@@ -91,6 +83,31 @@ class Service:
         if not isinstance(body, dict):
             raise Failed(f"{self.url}{path} answered {status} with something else than a JSON object")
         return Answer(status, body, float(after) if after and after.isdecimal() else None)
+
+    def read(self, path: str, *, payload: object = None, timeout_s: float = POLL_TIMEOUT_S, token: str = "") -> str:
+        """What is no JSON: the text of a page, or of a stream to its end.
+
+        :raise Failed: the status is not 200, or nobody answers in time.
+        """
+        status, text, _ = self._open(path, payload, timeout_s, token)
+        if status != 200:
+            raise Failed(f"{path} answered {status}")
+        return text.decode(errors="replace")
+
+    def _open(self, path: str, payload: object, timeout_s: float, token: str) -> tuple[int, bytes, str | None]:
+        headers = {"Content-Type": "application/json"} if payload is not None else {}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        data = json.dumps(payload).encode() if payload is not None else None
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        try:
+            with self._opener.open(request, timeout=timeout_s) as response:
+                return response.status, response.read(), None
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read(), error.headers.get("Retry-After")
+        except (OSError, http.client.HTTPException) as error:
+            raise Failed(f"{self.url}{path} does not answer: {getattr(error, 'reason', error)}") from error
 
 
 def service_url(settings: Settings) -> str:
@@ -146,7 +163,7 @@ def wait_until_ready(service: Service, pid: int, timeout_s: float, say: Say) -> 
 
 
 def try_out(service: Service, settings: Settings, say: Say, key: str = "") -> None:
-    """One real request to each door that tells most: text, a picture, health, metrics.
+    """One real request to each door that tells most: text, a stream, a picture, health, metrics.
 
     :param key: for a service that asks for keys; without one its models are not asked.
     :raise Failed: a door did not answer as it must, or the embedded Avision does not see what is on a drawing.
@@ -157,6 +174,7 @@ def try_out(service: Service, settings: Settings, say: Say, key: str = "") -> No
         say(f"Keys are on and {KEY_VARIABLE} has none, so the models are not asked")
     if can_ask and settings.avibe_model_path:
         say_answer("Avibe", QUESTION, ask_model(service, TEXT_DOOR, PROOF, deadline_s, key), say)
+        say(f"Streamed: {ask_stream(service, TEXT_DOOR, PROOF, deadline_s, key)} events, the last one done")
     if can_ask and settings.avision_model_path:
         body = ask_model(service, PICTURE_DOOR, picture_proof(), deadline_s, key)
         say_answer("Avision", f"{DRAWING.name}: {PICTURE_QUESTION}", body, say)
@@ -170,6 +188,11 @@ def try_out(service: Service, settings: Settings, say: Say, key: str = "") -> No
             raise Failed(f"{path} answered {answer.status} {what}")
         detail = f", {answer.body['status']}" if "status" in answer.body else ""
         say(f"{path}: {answer.status}{detail}")
+    metrics = service.read("/metrics").splitlines()
+    models = {"avibe": settings.avibe_model_path, "avision": settings.avision_model_path}
+    if silent := [name for name, path in models.items() if path and READY_METRIC % name not in metrics]:
+        raise Failed(f"/metrics does not tell that {' and '.join(silent)} can serve")
+    say("/metrics: 200")
 
 
 def picture_proof() -> dict[str, Any]:
@@ -193,6 +216,19 @@ def ask_model(service: Service, path: str, payload: dict[str, Any], deadline_s: 
     if not str(body["data"]["text"]).strip():
         raise Failed(f"{path} answered with an empty text")
     return body
+
+
+def ask_stream(service: Service, path: str, payload: dict[str, Any], deadline_s: float, key: str = "") -> int:
+    """How many events one streamed completion had.
+
+    :raise Failed: it was refused, had no text, or did not end with `done`.
+    """
+    payload = {**payload, "stream": True}
+    text = service.read(path, payload=payload, timeout_s=deadline_s + POLL_TIMEOUT_S, token=key)
+    events = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
+    if events[-1:] != ["done"] or "delta" not in events:
+        raise Failed(f"{path} streamed {', '.join(events) or 'nothing'} instead of deltas and done")
+    return len(events)
 
 
 def say_answer(name: str, question: str, body: dict[str, Any], say: Say) -> None:
@@ -236,7 +272,7 @@ def main() -> int:
     wait = commands.add_parser("wait", help="until ready, with the load phases")
     wait.add_argument("--pid", type=int, required=True, help="of the Gunicorn that was started")
     wait.add_argument("--timeout-s", type=float, required=True)
-    commands.add_parser("try", help="one real request each: text, picture, health, metrics")
+    commands.add_parser("try", help="one real request each: text, stream, picture, health, metrics")
     commands.add_parser("status", help="ready or why not")
     commands.add_parser("drain", help="before a stop, if AVITO_DRAIN_S asks for it")
     arguments = parser.parse_args()
