@@ -82,7 +82,7 @@ class _Generation:
                 for choice in range(num_choices):
                     self.channels.append(self._submit(_choice_of(prompt, choice)))
         except BaseException:
-            self.cancel()
+            self.close()  # what those that were admitted have cost counts
             raise
         self._exchange.input_tokens = self.input_tokens
         log.info("Tokenized: %d tokens", self._exchange.input_tokens)
