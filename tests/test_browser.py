@@ -379,6 +379,7 @@ def test_each_form_has_one_request_at_a_time_and_the_forms_do_not_know_each_othe
     page.focus(PROMPT["avibe"])
     page.keyboard.press("Control+Enter")
     page.keyboard.press("Escape")  # in Avibe's form: Avision goes on
+    wait_until(lambda: server.totals()["cancelled_requests"] == 1, "the server sees that nobody reads any more")
     runner.let(100)
     await_text(page, "second", "avision")
     outcome.locator(".facts").wait_for()

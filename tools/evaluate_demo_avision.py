@@ -46,7 +46,7 @@ BARS: dict[str, dict[str, float]] = {
         "price": 0.80,
     },
     "outside its world": {"foreign question": 0.90, "foreign picture": 0.90},
-    "two pictures": {},
+    "two pictures": {"difference": 0.80},
 }
 
 
