@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
@@ -24,6 +24,7 @@ from models.parsing import (
     decode_picture,
     load_json_object,
     sampling_fields,
+    sampling_params,
     shown_name,
     validate,
     whole_number,
@@ -440,19 +441,10 @@ class OpenAIParser:
         if not fields["skip_special_tokens"] and fields["stop"]:
             # Stop strings are looked for in the text without them; where that text would be cut is not clear.
             raise InvalidRequest("skip_special_tokens: false cannot go with stop", field="skip_special_tokens")
-        return SamplingParams(
+        return replace(
+            sampling_params(fields),
             max_tokens=max_tokens,
-            temperature=fields["temperature"],
-            top_p=fields["top_p"],
             top_k=0 if fields["top_k"] == -1 else fields["top_k"],
-            repetition_penalty=fields["repetition_penalty"],
-            min_p=fields["min_p"],
-            presence_penalty=fields["presence_penalty"],
-            frequency_penalty=fields["frequency_penalty"],
-            min_tokens=fields["min_tokens"],
-            ignore_eos=fields["ignore_eos"],
-            seed=fields["seed"],
-            stop=tuple(fields["stop"]),
             stop_token_ids=tuple(fields["stop_token_ids"]),
             logit_bias=self._logit_bias(fields["logit_bias"]),
             num_logprobs=num_logprobs,

@@ -70,11 +70,11 @@ class RequestParser:
 
     def parse_text_json(self, body: bytes) -> ApiRequest:
         fields = validate(self.text_body, load_json_object(body))
-        return ApiRequest(TextRequest(_messages(fields), _sampling(fields)), fields["stream"])
+        return ApiRequest(TextRequest(_messages(fields), sampling_params(fields)), fields["stream"])
 
     def parse_text_form(self, fields: Iterable[tuple[str, str]]) -> TextRequest:
         valid = _validate_form(self._text_form, fields)
-        return TextRequest(_messages(valid), _sampling(valid))
+        return TextRequest(_messages(valid), sampling_params(valid))
 
     def parse_image_json(self, body: bytes) -> ApiRequest:
         fields = validate(self.image_body, load_json_object(body))
@@ -123,7 +123,7 @@ class RequestParser:
             ImageInput(data, read_header(data, declared_type=declared, field=field, limits=self.limits), field)
             for field, data, declared in pictures
         )
-        return ImageRequest(_messages(fields), images, _sampling(fields))
+        return ImageRequest(_messages(fields), images, sampling_params(fields))
 
 
 def load_json_object(body: bytes) -> dict[str, Any]:
@@ -328,7 +328,8 @@ def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     return (Message("user", fields["prompt"]),)
 
 
-def _sampling(fields: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(fields: Mapping[str, Any]) -> SamplingParams:
+    """From the fields of `sampling_fields`, once they are valid."""
     return SamplingParams(
         max_tokens=fields["max_tokens"],
         temperature=fields["temperature"],
