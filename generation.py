@@ -135,8 +135,9 @@ class _Generation:
         self._exchange.is_cancelled = True
         self.cancel()
         # The step under way is let end: the audit line has its times then, and the place is back when it counts.
+        until = self._service.clock() + _LAST_STEP_S
         for channel in self.channels:
-            channel.wait_end(_LAST_STEP_S)
+            channel.wait_end(max(0.0, until - self._service.clock()))
 
     def cancel(self) -> None:
         for channel in self.channels:
@@ -194,10 +195,9 @@ class EventStream:
         except RequestCancelled:
             self._is_over = True
         except DeadlineExceeded as error:
-            yield self._fail(Failed(error))
+            yield self._end_with(Failed(error))
         except Exception as failure:  # the headers are out: only the stream itself can still tell
-            log.exception("the stream could not be read: %r", failure)
-            yield self._fail(Failed(InternalError("the answer could not be completed")))
+            yield self.fail(failure)
 
     def _read(self) -> Iterator[tuple[int, Event] | None]:
         # At once, so that the headers go out: the client learns that it is admitted.
@@ -213,7 +213,7 @@ class EventStream:
                     self._generation.check()
                 checked_at = now
             if found is not None and isinstance(found[1], Failed):
-                yield self._fail(found[1], found[0])
+                yield self._end_with(found[1], found[0])
                 return
             if found is not None and isinstance(found[1], Done):
                 del unfinished[found[0]]
@@ -237,7 +237,12 @@ class EventStream:
         event = channel.get(self._limits.delta_interval_s if several else self._limits.client_check_interval_s)
         return None if event is None else (index, event)
 
-    def _fail(self, end: Failed, index: int = 0) -> tuple[int, Event]:
+    def fail(self, failure: Exception) -> tuple[int, Failed]:
+        """The answers cannot be told to their end, by a fault of ours; the event that says so."""
+        log.error("the stream could not be told: %r", failure, exc_info=failure)
+        return self._end_with(Failed(InternalError("the answer could not be completed")))
+
+    def _end_with(self, end: Failed, index: int = 0) -> tuple[int, Failed]:
         self._is_over = True
         self._generation.note_failure(end)
         return index, end

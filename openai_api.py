@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from flask import Blueprint, Response, g, jsonify
 
@@ -22,7 +23,7 @@ from models.errors import ModelNotFound
 from models.openai_parsing import OpenAIParser, OpenAIRequest
 from models.schemas import Completion, FinishReason, ModelName, TokenLogprob
 from models.service import ModelService
-from models.streaming import Delta, Done, Event
+from models.streaming import Delta, Done, Failed
 from models.tool_calls import CallArguments, CallStart, Piece, ToolCallParser
 from responses import KEEP_ALIVE, as_web_error, openai_error_body, sse_response
 
@@ -130,12 +131,17 @@ def _frames(events: EventStream, asked: OpenAIRequest, form: _Form) -> Iterator[
             yield KEEP_ALIVE
             continue
         index, event = each
-        if not isinstance(event, (Delta, Done)):
+        choices: list[dict[str, Any]] = []
+        if not isinstance(event, Failed):
+            try:
+                choices = states[index].chunks(event)
+            except Exception as failure:  # the headers are out: only the stream itself can still tell
+                _, event = events.fail(failure)
+        if isinstance(event, Failed):
             yield _data(openai_error_body(as_web_error(event.error))) + _DONE
             return
         if isinstance(event, Done):
             completions[index] = event.completion
-        choices = states[index].chunks(event)
         if choices:
             yield b"".join(chunk([choice]) for choice in choices)
     if len(completions) < len(states):
@@ -162,7 +168,7 @@ def _usage(input_tokens: int, completions: Sequence[Completion], num_choices: in
     }
 
 
-class _Form:
+class _Form(ABC):
     """How one door words its answers."""
 
     prefix: str
@@ -183,20 +189,20 @@ class _Form:
             "choices": choices,
         }
 
+    @abstractmethod
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, index: int) -> _Streamed:
         """For the chunks of one answer."""
-        raise NotImplementedError
 
 
-class _Streamed:
-    """One answer's way into chunks: each event gives choices, one for each chunk."""
+class _Streamed(Protocol):
+    """One answer's way into chunks."""
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
-        raise NotImplementedError
+    def chunks(self, event: Delta | Done) -> list[dict[str, Any]]:
+        """What an event gives: choices, one for each chunk."""
 
 
 class _ChatForm(_Form):
@@ -235,7 +241,7 @@ class _ChatForm(_Form):
         return {"content": [_token(each.token, each.logprob) | {"top_logprobs": _top(each)} for each in found]}
 
 
-class _StreamedChat(_Streamed):
+class _StreamedChat:
     def __init__(self, index: int, form: _ChatForm) -> None:
         self._index = index
         self._form = form
@@ -243,7 +249,7 @@ class _StreamedChat(_Streamed):
         self._has_begun = False
         self._num_told = -1  # index of the newest call
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, event: Delta | Done) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
         if not self._has_begun:
             self._has_begun = True
@@ -256,7 +262,6 @@ class _StreamedChat(_Streamed):
                 choices = choices or [self._choice({})]
                 choices[-1]["logprobs"] = self._form.logprobs(event.logprobs)
             return choices
-        assert isinstance(event, Done)
         deltas += [self._delta(piece) for piece in self._parser.flush()] if self._parser is not None else []
         end = self._choice({}, _finish_reason(event.completion.finish_reason, self._parser))
         return [*(self._choice(delta) for delta in deltas), end]
@@ -302,18 +307,17 @@ class _TextForm(_Form):
         }
 
 
-class _StreamedText(_Streamed):
+class _StreamedText:
     def __init__(self, index: int, form: _TextForm) -> None:
         self._index = index
         self._form = form
         self._offset = 0
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, event: Delta | Done) -> list[dict[str, Any]]:
         if isinstance(event, Delta):
             logprobs = self._form.logprobs(event.logprobs, self._offset)
             self._offset += sum(len(_text(each.token)) for each in event.logprobs)
             return [self._choice(event.text, logprobs)]
-        assert isinstance(event, Done)
         return [self._choice("", None, event.completion.finish_reason)]
 
     def _choice(self, text: str, logprobs: Any, finish_reason: str | None = None) -> dict[str, Any]:

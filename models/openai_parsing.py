@@ -464,8 +464,10 @@ class OpenAIParser:
     def _raw_prompts(self, given: object) -> list[str | tuple[int, ...]]:
         """A text, token ids, a list of texts, or lists of token ids. Counts come before contents: a body has room for
         millions of either."""
-        is_list = isinstance(given, list) and bool(given) and isinstance(given[0], (str, list))
-        several: list[object] = given if is_list else [given]  # type: ignore[assignment]
+        several: list[object] = [given]
+        is_list = False
+        if isinstance(given, list) and given and isinstance(given[0], (str, list)):
+            several, is_list = given, True
         if len(several) > self.limits.max_choices:
             raise InvalidRequest(
                 f"prompt: must be at most {self.limits.max_choices} prompts, got {len(several)}", field="prompt"
@@ -483,10 +485,11 @@ class OpenAIParser:
                 _check_unicode(prompt, name)
                 found.append(prompt)
                 continue
-            ids = tuple(map(whole_number, prompt))
-            if not all(type(each) is int for each in ids):
+            numbers = map(whole_number, prompt)
+            ids = tuple(each for each in numbers if isinstance(each, int) and not isinstance(each, bool))
+            if len(ids) < len(prompt):
                 raise InvalidRequest(f"prompt: {_RAW_PROMPTS}", field="prompt")
-            found.append(ids)  # type: ignore[arg-type]
+            found.append(ids)
         return found
 
     # Chats.
@@ -707,10 +710,10 @@ def _tool_grammar(choice: str | _NamedTool, tools: list[_Tool], may_be_several: 
 
 
 def _model(fields: Mapping[str, Any]) -> ModelName:
-    name = fields["model"]
-    if name not in MODEL_NAMES:
-        raise ModelNotFound(f"model: there is no model {shown_name(name)}", field="model")
-    return name  # type: ignore[no-any-return]
+    for name in MODEL_NAMES:
+        if name == fields["model"]:
+            return name
+    raise ModelNotFound(f"model: there is no model {shown_name(fields['model'])}", field="model")
 
 
 def _is_same(given: object, neutral: object) -> bool:

@@ -463,6 +463,17 @@ def test_wrong_tools_are_told(client: FlaskClient, fields: Any, param: str) -> N
     assert_error(refused, "invalid_request", param)
 
 
+def test_answer_that_cannot_be_framed_is_an_error_and_not_a_client_that_left(client: FlaskClient) -> None:
+    """The fake model has no grammar, so that a forced call may be broken JSON."""
+    broken = {"messages": user('<tool_call>{"name": f, "arguments": {}}'), "tools": [TOOL], "tool_choice": "required"}
+    assert_error(post_json(client, CHAT, {"model": "avibe", **broken}), "internal_error")
+    *_, error = stream(client, CHAT, **broken)
+    assert error["error"]["code"] == "internal_error"
+    totals = client.get("/api/metrics").get_json()["application"]
+    assert (totals["error_requests"], totals["cancelled_requests"], totals["open_requests"]) == (2, 0, 0)
+    assert chat(client, "still here")["choices"][0]["message"]["content"] == "still here"
+
+
 # The table of docs/openai.md, line by line.
 
 EXAMPLES: dict[str, Any] = {
